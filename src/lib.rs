@@ -1,0 +1,4 @@
+//! loramux runs one frozen base model and many LoRA adapters in one batch.
+
+pub mod format;
+pub mod tensor;
