@@ -1,4 +1,5 @@
 //! loramux runs one frozen base model and many LoRA adapters in one batch.
 
+pub mod backend;
 pub mod format;
 pub mod tensor;

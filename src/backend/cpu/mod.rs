@@ -1,0 +1,185 @@
+//! The CPU backend: f32 arithmetic on weights as stored. The reference for every other backend.
+
+mod attention;
+mod elementwise;
+mod experts;
+pub mod gemm;
+mod kv_cache;
+mod linear;
+mod parallel;
+pub mod simd;
+
+use std::sync::Arc;
+
+use crate::backend::{
+    AttentionShape, Backend, BackendError, Gates, HeadNorms, LinearSite, RotaryTables, Rows, SiteChange,
+    Write,
+};
+use crate::tensor::Tensor;
+
+pub use experts::Experts;
+pub use kv_cache::KvCache;
+pub use simd::Isa;
+
+/// A processor: its instruction set and a pool of threads.
+pub struct Cpu {
+    isa: Isa,
+    pool: Arc<rayon::ThreadPool>,
+    workspace: linear::Workspace,
+    pieces: attention::Pieces,
+}
+
+impl Cpu {
+    /// The best instruction set this processor has, on `threads` threads (all cores for `None`).
+    pub fn new(threads: Option<usize>) -> Result<Self, BackendError> {
+        let best = Isa::available()[0];
+        Self::with_isa(best, threads)
+    }
+
+    /// # Panics
+    /// When this processor lacks `isa`.
+    pub fn with_isa(isa: Isa, threads: Option<usize>) -> Result<Self, BackendError> {
+        assert!(Isa::available().contains(&isa), "this processor lacks {}", isa.name());
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.unwrap_or(0))
+            .thread_name(|index| format!("loramux-cpu-{index}"))
+            .build()
+            .map_err(|error| BackendError::Threads(error.to_string()))?;
+        Ok(Self { isa, pool: Arc::new(pool), workspace: Default::default(), pieces: Vec::new() })
+    }
+
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+}
+
+/// Activations `[capacity, width]` in f32.
+pub struct Buffer {
+    data: Vec<f32>,
+    width: usize,
+}
+
+impl Backend for Cpu {
+    type Weight = Tensor;
+    type Vector = Vec<f32>;
+    type Buffer = Buffer;
+    type Experts = Experts;
+    type Rotary = RotaryTables;
+    type KvCache = KvCache;
+
+    fn scope<R: Send>(&mut self, work: impl FnOnce(&mut Self) -> R + Send) -> R {
+        let pool = Arc::clone(&self.pool);
+        pool.install(|| work(self))
+    }
+
+    fn weight(&self, tensor: &Tensor) -> Result<Tensor, BackendError> {
+        assert_eq!(tensor.shape().len(), 2, "a weight is a matrix");
+        Ok(tensor.clone())
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>, BackendError> {
+        Ok(values)
+    }
+
+    fn buffer(&self, rows: usize, width: usize) -> Result<Buffer, BackendError> {
+        Ok(Buffer { data: vec![0.0; rows * width], width })
+    }
+
+    fn write(&self, buffer: &mut Buffer, values: &[f32]) {
+        buffer.data[..values.len()].copy_from_slice(values);
+    }
+
+    fn experts(&self, in_features: usize, out_features: usize) -> Experts {
+        Experts::new(in_features, out_features)
+    }
+
+    fn load_expert(
+        &self,
+        experts: &mut Experts,
+        slot: usize,
+        change: &SiteChange,
+    ) -> Result<(), BackendError> {
+        experts.load(slot, change);
+        Ok(())
+    }
+
+    fn unload_expert(&self, experts: &mut Experts, slot: usize) {
+        experts.unload(slot);
+    }
+
+    fn rotary(&self, tables: RotaryTables) -> Result<RotaryTables, BackendError> {
+        Ok(tables)
+    }
+
+    fn kv_cache(&self, blocks: usize, pages: usize, shape: AttentionShape) -> Result<KvCache, BackendError> {
+        Ok(KvCache::new(blocks, pages, shape))
+    }
+
+    fn embed(&mut self, table: &LinearSite<Self>, rows: &Rows, y: &mut Buffer) {
+        linear::embed(table, rows, y);
+    }
+
+    fn rms_norm(&mut self, x: &Buffer, rows: usize, weight: &Vec<f32>, epsilon: f32, y: &mut Buffer) {
+        elementwise::rms_norm(self.isa, x, rows, weight, epsilon, y);
+    }
+
+    fn linear(
+        &mut self,
+        sites: &[LinearSite<Self>],
+        x: &Buffer,
+        gates: &Gates,
+        write: Write,
+        y: &mut Buffer,
+    ) {
+        linear::linear(self, sites, x, gates, write, y);
+    }
+
+    fn rope_store(
+        &mut self,
+        qkv: &mut Buffer,
+        shape: AttentionShape,
+        norms: Option<HeadNorms<'_, Self>>,
+        tables: &RotaryTables,
+        rows: &Rows,
+        cache: &mut KvCache,
+        block: usize,
+    ) {
+        let norms =
+            norms.map(|norms| elementwise::NormWeights { q: norms.q, k: norms.k, epsilon: norms.epsilon });
+        elementwise::rope_store(self.isa, qkv, shape, norms, tables, rows, cache, block);
+    }
+
+    fn attention(
+        &mut self,
+        qkv: &Buffer,
+        window: Option<usize>,
+        rows: &Rows,
+        cache: &KvCache,
+        block: usize,
+        y: &mut Buffer,
+    ) {
+        attention::attention(self.isa, &mut self.pieces, qkv, window, rows, cache, block, y);
+    }
+
+    fn swiglu(&mut self, gate_up: &Buffer, rows: usize, y: &mut Buffer) {
+        elementwise::swiglu(gate_up, rows, y);
+    }
+
+    fn pick_rows(&mut self, x: &Buffer, picked: &[u32], y: &mut Buffer) {
+        let width = x.width;
+        for (to, &row) in y.data.chunks_exact_mut(width).zip(picked) {
+            to.copy_from_slice(&x.data[row as usize * width..(row as usize + 1) * width]);
+        }
+    }
+
+    fn read<'a>(&'a self, x: &'a Buffer, rows: usize) -> &'a [f32] {
+        &x.data[..rows * x.width]
+    }
+}
+
+#[cfg(test)]
+mod tests;

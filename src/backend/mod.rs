@@ -1,0 +1,205 @@
+//! The operations of a forward pass, and the places that can run them.
+//!
+//! A backend sees frozen matrices, low-rank experts, row lists and a paged cache; it has never heard of a model
+//! family, a file format or a request. [`cpu`] is the reference that every other backend is held against.
+//!
+//! Every operation computes a row from that row's own inputs in an order that depends on nothing else, so a row's
+//! bits are the same alone, in any batch and at any place in it.
+
+pub mod cpu;
+mod rows;
+
+use thiserror::Error;
+
+use crate::tensor::Tensor;
+
+pub use rows::{GateRun, Gates, Rows, SequenceRows};
+
+/// Ranks of a rank chunk: the tensor core's K step, the page of adapter memory, the entry of a work list.
+pub const CHUNK: usize = 16;
+
+/// Tokens of a page of the KV cache.
+pub const PAGE: usize = 16;
+
+/// What a backend can fail with.
+#[derive(Debug, Error)]
+pub enum BackendError {
+    #[error("out of memory: {wanted} bytes for {purpose}")]
+    OutOfMemory { wanted: usize, purpose: &'static str },
+    #[error("could not start the worker threads: {0}")]
+    Threads(String),
+}
+
+/// The low-rank change of one expert at one site, as handed to a backend.
+///
+/// For a row that uses it with gate `g`: `y = c ⊙ (W x) + bias + g · (scale · B (A x) + delta_bias)`, where the column
+/// scale `c` is `1 + g · (column_scale − 1)`.
+#[derive(Clone, Debug)]
+pub struct ExpertWeights {
+    /// `[rank, in]`; for a lookup `[rank, vocabulary]`. Rank 0 where only the bias changes.
+    pub a: Tensor,
+    /// `[out, rank]`.
+    pub b: Tensor,
+    pub scale: f32,
+    /// `[out]`, added to the output times the gate.
+    pub bias: Option<Vec<f32>>,
+    /// `[out]`, what DoRA multiplies the frozen product with.
+    pub column_scale: Option<Vec<f32>>,
+}
+
+/// Everything that an expert changes at one site.
+#[derive(Clone, Debug)]
+pub enum SiteChange {
+    LowRank(ExpertWeights),
+    /// A full weight in place of the frozen one, for rows that use this expert alone with gate 1.
+    Replace(Tensor),
+}
+
+/// A linear layer: frozen weight `[out, in]`, optional bias `[out]`, and the experts that change it.
+pub struct LinearSite<B: Backend> {
+    pub weight: B::Weight,
+    pub bias: Option<B::Vector>,
+    pub experts: B::Experts,
+}
+
+/// What [`Backend::linear`] does with its output buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// `y = …`
+    Replace,
+    /// `y += …`: the residual connection.
+    Add,
+}
+
+/// Widths of an attention layer. Inputs are rows of `q | k | v`: `heads`, `kv_heads` and `kv_heads` vectors of `head_dim`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionShape {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+impl AttentionShape {
+    /// Width of a row of `q | k | v`.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+}
+
+/// Rotary position tables: `cos` and `sin` of `[positions, rotary_dim / 2]`, one pair per variant.
+#[derive(Clone, Debug, Default)]
+pub struct RotaryTables {
+    /// How many leading elements of a head are rotated, element `i` together with `i + rotary_dim / 2`.
+    pub rotary_dim: usize,
+    pub cos: Vec<Vec<f32>>,
+    pub sin: Vec<Vec<f32>>,
+}
+
+/// Normalisation of every q and k head before the rotation (Qwen3).
+pub struct HeadNorms<'a, B: Backend> {
+    pub q: &'a B::Vector,
+    pub k: &'a B::Vector,
+    pub epsilon: f32,
+}
+
+/// The operations. Activations are `[rows, width]` in buffers made once for the largest step.
+pub trait Backend: Sized + Send + 'static {
+    /// A frozen matrix as stored.
+    type Weight: Send + Sync;
+    /// A vector of f32: a bias or a norm's weight.
+    type Vector: Send + Sync;
+    /// Activations `[capacity, width]`.
+    type Buffer: Send;
+    /// The resident experts of one site, by slot.
+    type Experts: Send + Sync;
+    /// Rotary tables where the backend reads them.
+    type Rotary: Send + Sync;
+    /// Keys and values of all blocks, in pages of [`PAGE`] tokens.
+    type KvCache: Send;
+
+    /// Runs `work` where this backend's threads are: operations inside start without waking anybody.
+    fn scope<R: Send>(&mut self, work: impl FnOnce(&mut Self) -> R + Send) -> R {
+        work(self)
+    }
+
+    /// A frozen `[out, in]` matrix. On the CPU this shares the tensor's bytes.
+    fn weight(&self, tensor: &Tensor) -> Result<Self::Weight, BackendError>;
+    fn vector(&self, values: Vec<f32>) -> Result<Self::Vector, BackendError>;
+    fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer, BackendError>;
+    /// Fills the first elements of a buffer.
+    fn write(&self, buffer: &mut Self::Buffer, values: &[f32]);
+    /// An empty expert table for a site of this width.
+    fn experts(&self, in_features: usize, out_features: usize) -> Self::Experts;
+    /// Makes `change` the content of `slot`.
+    fn load_expert(
+        &self,
+        experts: &mut Self::Experts,
+        slot: usize,
+        change: &SiteChange,
+    ) -> Result<(), BackendError>;
+    fn unload_expert(&self, experts: &mut Self::Experts, slot: usize);
+    fn rotary(&self, tables: RotaryTables) -> Result<Self::Rotary, BackendError>;
+    fn kv_cache(
+        &self,
+        blocks: usize,
+        pages: usize,
+        shape: AttentionShape,
+    ) -> Result<Self::KvCache, BackendError>;
+
+    /// `y[row] = table[token[row]]` plus the low-rank part of the row's experts.
+    fn embed(&mut self, table: &LinearSite<Self>, rows: &Rows, y: &mut Self::Buffer);
+
+    /// `y = x / √(mean(x²) + ε) ⊙ weight` for the first `rows` rows (Zhang & Sennrich 2019).
+    fn rms_norm(
+        &mut self,
+        x: &Self::Buffer,
+        rows: usize,
+        weight: &Self::Vector,
+        epsilon: f32,
+        y: &mut Self::Buffer,
+    );
+
+    /// All sites of a group on one input: `y = [W₀ x | W₁ x | …]` with bias and experts, rows by `gates`.
+    fn linear(
+        &mut self,
+        sites: &[LinearSite<Self>],
+        x: &Self::Buffer,
+        gates: &Gates,
+        write: Write,
+        y: &mut Self::Buffer,
+    );
+
+    /// Normalises (where `norms` are given) and rotates q and k in place, then stores k and v in the rows' pages.
+    #[expect(clippy::too_many_arguments, reason = "one launch, and each argument is its own thing")]
+    fn rope_store(
+        &mut self,
+        qkv: &mut Self::Buffer,
+        shape: AttentionShape,
+        norms: Option<HeadNorms<'_, Self>>,
+        tables: &Self::Rotary,
+        rows: &Rows,
+        cache: &mut Self::KvCache,
+        block: usize,
+    );
+
+    /// Causal attention of every row over its own sequence: `y[row] = softmax(q Kᵀ / √head_dim) V`, with a sliding
+    /// window over the keys `j > i − window` where given.
+    fn attention(
+        &mut self,
+        qkv: &Self::Buffer,
+        window: Option<usize>,
+        rows: &Rows,
+        cache: &Self::KvCache,
+        block: usize,
+        y: &mut Self::Buffer,
+    );
+
+    /// `y = silu(gate) ⊙ up` for rows of `gate | up` (Shazeer 2020).
+    fn swiglu(&mut self, gate_up: &Self::Buffer, rows: usize, y: &mut Self::Buffer);
+
+    /// `y[i] = x[picked[i]]`.
+    fn pick_rows(&mut self, x: &Self::Buffer, picked: &[u32], y: &mut Self::Buffer);
+
+    /// The first `rows` rows on the host.
+    fn read<'a>(&'a self, x: &'a Self::Buffer, rows: usize) -> &'a [f32];
+}
