@@ -1,5 +1,6 @@
 //! loramux runs one frozen base model and many LoRA adapters in one batch.
 
+pub mod adapter;
 pub mod backend;
 pub mod format;
 pub mod tensor;
