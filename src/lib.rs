@@ -3,4 +3,5 @@
 pub mod adapter;
 pub mod backend;
 pub mod format;
+pub mod mixture;
 pub mod tensor;
