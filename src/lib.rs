@@ -4,4 +4,5 @@ pub mod adapter;
 pub mod backend;
 pub mod format;
 pub mod mixture;
+pub mod model;
 pub mod tensor;
