@@ -2,6 +2,7 @@
 
 pub mod adapter;
 pub mod backend;
+pub mod engine;
 pub mod format;
 pub mod mixture;
 pub mod model;

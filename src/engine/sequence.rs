@@ -1,0 +1,220 @@
+//! One continuation of one request: its tokens, how many of them the cache holds, and how it goes on.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+
+use super::request::{Event, FinishReason, Request, TokenLogprobs};
+use super::sampling::{Sampler, token_logprobs};
+use super::stop::StopText;
+use crate::mixture::Mixture;
+use crate::model::{Detokenizer, Tokenizer};
+
+/// What every sequence of an engine ends by.
+pub(super) struct EndRules {
+    /// The model's end tokens.
+    pub end_tokens: Vec<u32>,
+    /// Most tokens of prompt and output together.
+    pub max_model_len: usize,
+    pub vocab_size: usize,
+}
+
+pub(super) struct Sequence {
+    /// Order of arrival, unique.
+    pub id: u64,
+    pub request: Arc<Request>,
+    pub choice: usize,
+    pub mixture: Mixture,
+    /// Prompt and output.
+    pub tokens: Vec<u32>,
+    /// How many of `tokens` have keys and values in `pages`.
+    pub computed: usize,
+    /// Rows of this sequence in the step being planned.
+    pub planned: usize,
+    pub pages: Vec<u32>,
+    /// Rotary table that `computed` was computed with.
+    pub rotary_variant: usize,
+    /// Log-probabilities of the prompt's tokens so far; the first token has none.
+    prompt_logprobs: Vec<Option<TokenLogprobs>>,
+    sampler: Sampler,
+    detokenizer: Detokenizer,
+    stop_text: StopText,
+    /// Tokens that may not be drawn before `min_tokens`.
+    banned_early: Vec<u32>,
+    events: Sender<Event>,
+    cancelled: Arc<AtomicBool>,
+}
+
+/// Where a sequence stands after a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    Running,
+    Ended,
+}
+
+/// The pieces a sequence is made of, besides its request.
+pub(super) struct NewSequence {
+    pub id: u64,
+    pub choice: usize,
+    pub mixture: Mixture,
+    pub seed: u64,
+    pub events: Sender<Event>,
+    pub cancelled: Arc<AtomicBool>,
+}
+
+impl Sequence {
+    pub fn new(
+        new: NewSequence,
+        request: &Arc<Request>,
+        tokenizer: &Arc<Tokenizer>,
+        rules: &EndRules,
+    ) -> Self {
+        let NewSequence { id, choice, mixture, seed, events, cancelled } = new;
+        let ends = rules.end_tokens.iter().filter(|_| !request.stop.ignore_eos);
+        Self {
+            id,
+            choice,
+            mixture,
+            tokens: request.prompt.clone(),
+            computed: 0,
+            planned: 0,
+            pages: Vec::new(),
+            rotary_variant: 0,
+            prompt_logprobs: Vec::new(),
+            sampler: Sampler::new(&request.sampling, &request.prompt, rules.vocab_size, seed, choice),
+            detokenizer: Detokenizer::new(
+                Arc::clone(tokenizer),
+                &request.prompt,
+                request.skip_special_tokens,
+            ),
+            stop_text: StopText::new(&request.stop.stop),
+            banned_early: ends.chain(&request.stop.stop_token_ids).copied().collect(),
+            request: Arc::clone(request),
+            events,
+            cancelled,
+        }
+    }
+
+    pub fn prompt_len(&self) -> usize {
+        self.request.prompt.len()
+    }
+
+    pub fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt_len()
+    }
+
+    /// Tokens whose rows are still to be computed.
+    pub fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// Whether the row at `position` gives a log-probability of the prompt that is still to be reported.
+    pub fn wants_prompt_logprob(&self, position: usize) -> bool {
+        // A sequence that is computed again has reported some or all of them already.
+        self.choice == 0
+            && self.request.prompt_logprobs.is_some()
+            && self.generated() == 0
+            && position + 1 < self.prompt_len()
+            && position + 1 >= self.prompt_logprobs.len()
+    }
+
+    /// Takes the logits of the prompt's row at `position`: they tell how likely its next token was.
+    pub fn accept_prompt_row(&mut self, position: usize, logits: &[f32]) {
+        if self.prompt_logprobs.is_empty() {
+            self.prompt_logprobs.push(None);
+        }
+        let top = self.request.prompt_logprobs.unwrap_or(0);
+        self.prompt_logprobs.push(Some(token_logprobs(logits, self.tokens[position + 1], top)));
+    }
+
+    /// Takes the logits of the newest row: draws the next token, reports it, and says whether that was the last.
+    pub fn accept_row(&mut self, logits: &[f32], scratch: &mut Vec<f32>, rules: &EndRules) -> Progress {
+        if self.generated() == 0 && self.choice == 0 && self.request.prompt_logprobs.is_some() {
+            if self.prompt_logprobs.is_empty() {
+                self.prompt_logprobs.push(None);
+            }
+            let entries = std::mem::take(&mut self.prompt_logprobs);
+            self.send(Event::PromptLogprobs(entries));
+        }
+        scratch.clear();
+        scratch.extend_from_slice(logits);
+        let position = self.generated();
+        let early = position < self.request.stop.min_tokens;
+        let banned = if early { self.banned_early.as_slice() } else { &[] };
+        let token = match self.sampler.sample(scratch, position, banned) {
+            Ok(token) => token,
+            Err(error) => {
+                self.fail(error.to_string());
+                return Progress::Ended;
+            }
+        };
+        let logprobs = self.request.logprobs.map(|top| token_logprobs(logits, token, top));
+        self.tokens.push(token);
+        self.report(token, logprobs, rules)
+    }
+
+    /// Reports a drawn token and, where it is the last, the end.
+    fn report(&mut self, token: u32, logprobs: Option<TokenLogprobs>, rules: &EndRules) -> Progress {
+        let stop = &self.request.stop;
+        let by_token = if rules.end_tokens.contains(&token) && !stop.ignore_eos {
+            Some(FinishReason::EndToken)
+        } else {
+            stop.stop_token_ids.contains(&token).then_some(FinishReason::StopToken(token))
+        };
+        let generated = self.generated();
+        let full =
+            stop.max_tokens.is_some_and(|most| generated >= most) || self.tokens.len() >= rules.max_model_len;
+        // Stop strings end nothing before `min_tokens`; the ending token itself gives no text.
+        let watch = generated > stop.min_tokens;
+        let mut text = String::new();
+        let mut reason = None;
+        if by_token.is_none() {
+            let new = self.detokenizer.push(token);
+            if watch {
+                let (out, found) = self.stop_text.push(&new);
+                text = out;
+                reason = found.map(FinishReason::StopString);
+            } else {
+                text = new;
+            }
+        }
+        let choice = self.choice;
+        self.send(Event::Token { choice, token, text, logprobs });
+        let matched = matches!(reason, Some(FinishReason::StopString(_)));
+        let Some(reason) = reason.or(by_token).or(full.then_some(FinishReason::Length)) else {
+            return Progress::Running;
+        };
+        let mut text = String::new();
+        if !matched {
+            let (rest, found) = self.stop_text.push(&self.detokenizer.finish());
+            text = rest;
+            if found.is_none() {
+                text.push_str(&self.stop_text.finish());
+            }
+        }
+        self.send(Event::Finished { choice, text, reason });
+        Progress::Ended
+    }
+
+    /// Ends the sequence with an error.
+    pub fn fail(&mut self, message: String) {
+        self.send(Event::Failed(message));
+    }
+
+    /// Ends the sequence because nobody waits for it.
+    pub fn abort(&mut self) {
+        let choice = self.choice;
+        self.send(Event::Finished { choice, text: String::new(), reason: FinishReason::Aborted });
+    }
+
+    fn send(&mut self, event: Event) {
+        if self.events.send(event).is_err() {
+            // The receiver is gone: the next step drops the sequence.
+            self.cancelled.store(true, Ordering::Relaxed);
+        }
+    }
+}
