@@ -6,4 +6,5 @@ pub mod engine;
 pub mod format;
 pub mod mixture;
 pub mod model;
+pub mod openai;
 pub mod tensor;
