@@ -1,0 +1,209 @@
+//! The flags that every command with an engine shares, and the engine they describe.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use super::{Failure, Verbosity};
+use crate::adapter::peft::validate_adapter_name;
+use crate::engine::{Engine, EngineOptions};
+use crate::model::Base;
+
+/// Where a model runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Device {
+    Auto,
+    Cpu,
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Device::Auto),
+            "cpu" => Ok(Device::Cpu),
+            _ if text == "cuda" || text.starts_with("cuda:") => {
+                Err("this build has no CUDA kernels; use `cpu` or `auto`".to_owned())
+            }
+            _ => Err("wanted auto, cpu or cuda:N".to_owned()),
+        }
+    }
+}
+
+/// An adapter to serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LoraModule {
+    pub name: String,
+    pub path: PathBuf,
+}
+
+/// `name=path` of an adapter, or several with spaces between them, as an environment variable holds them. A path may
+/// have spaces: only what looks like `name=` begins the next adapter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LoraModules(Vec<LoraModule>);
+
+impl FromStr for LoraModules {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut modules: Vec<(&str, String)> = Vec::new();
+        for word in text.split(' ') {
+            match (word.split_once('='), modules.last_mut()) {
+                (Some((name, path)), _) => modules.push((name, path.to_owned())),
+                (None, Some((_, path))) => path.extend([" ", word]),
+                (None, None) => return Err("wanted NAME=PATH".to_owned()),
+            }
+        }
+        let modules = modules.into_iter().map(|(name, path)| match path.trim_end() {
+            "" => Err("wanted NAME=PATH, got no path".to_owned()),
+            path => Ok(LoraModule { name: name.to_owned(), path: path.into() }),
+        });
+        modules.collect::<Result<_, _>>().map(Self)
+    }
+}
+
+/// Bounds and sizes of the engine.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct EngineArgs {
+    /// Where to run: auto, cpu or cuda:N
+    #[arg(long, env = "LORAMUX_DEVICE", default_value = "auto", value_name = "DEVICE")]
+    device: Device,
+    /// Threads of the CPU backend [default: all cores]
+    #[arg(long, env = "LORAMUX_THREADS", value_name = "N")]
+    threads: Option<usize>,
+    /// Most sequences in one step
+    #[arg(long, env = "LORAMUX_MAX_NUM_SEQS", default_value_t = EngineOptions::default().max_num_seqs, value_name = "N")]
+    max_num_seqs: usize,
+    /// Most rows (tokens) in one step; longer prompts run in pieces
+    #[arg(long, env = "LORAMUX_MAX_NUM_BATCHED_TOKENS", default_value_t = EngineOptions::default().max_num_batched_tokens, value_name = "N")]
+    max_num_batched_tokens: usize,
+    /// Most tokens of a prompt and its continuation [default: the model's context]
+    #[arg(long, env = "LORAMUX_MAX_MODEL_LEN", value_name = "N")]
+    max_model_len: Option<usize>,
+    /// Most distinct adapters in one step [default: no bound]
+    #[arg(long, env = "LORAMUX_MAX_LORAS", value_name = "N")]
+    max_loras: Option<usize>,
+    /// Largest rank of an adapter
+    #[arg(long, env = "LORAMUX_MAX_LORA_RANK", default_value_t = EngineOptions::default().max_lora_rank, value_name = "N")]
+    max_lora_rank: usize,
+    /// Memory for the KV cache, in bytes
+    #[arg(long, env = "LORAMUX_KV_CACHE_MEMORY_BYTES", default_value_t = EngineOptions::default().kv_cache_bytes, value_name = "BYTES")]
+    kv_cache_memory_bytes: usize,
+    /// Seed of requests that bring none
+    #[arg(long, env = "LORAMUX_SEED", default_value_t = 0, value_name = "N")]
+    seed: u64,
+}
+
+impl EngineArgs {
+    pub fn options(&self) -> EngineOptions {
+        // `auto` is the CPU as long as it is the only backend.
+        let (Device::Auto | Device::Cpu) = self.device;
+        EngineOptions {
+            threads: self.threads,
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            max_model_len: self.max_model_len,
+            max_loras: self.max_loras,
+            max_lora_rank: self.max_lora_rank,
+            kv_cache_bytes: self.kv_cache_memory_bytes,
+            seed: self.seed,
+        }
+    }
+}
+
+/// The base and the adapters that are served.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct ModelArgs {
+    /// Hugging Face folder of the base model
+    #[arg(long, env = "LORAMUX_MODEL", value_name = "DIR")]
+    pub model: PathBuf,
+    /// Names that requests may call the base by [default: the folder's name]
+    #[arg(long, env = "LORAMUX_SERVED_MODEL_NAME", num_args = 1.., value_delimiter = ' ', value_name = "NAME")]
+    pub served_model_name: Vec<String>,
+    /// Adapters to serve, each a PEFT folder under a name
+    #[arg(long, env = "LORAMUX_LORA_MODULES", num_args = 1.., value_name = "NAME=DIR")]
+    pub lora_modules: Vec<LoraModules>,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+/// An adapter that was asked for and is not there.
+pub(crate) struct FailedAdapter {
+    pub name: String,
+    pub reason: String,
+}
+
+impl ModelArgs {
+    /// Opens the base and starts an engine with all adapters that can be loaded.
+    pub fn start(&self, verbosity: Verbosity) -> Result<(Engine, Vec<FailedAdapter>), Failure> {
+        let base = Base::open(&self.model).map_err(Failure::usage)?;
+        for name in base.checkpoint.unused() {
+            if verbosity.details() {
+                eprintln!("note: {}: tensor `{name}` is not used", self.model.display());
+            }
+        }
+        self.check_names(&base.name)?;
+        let engine = Engine::start(Arc::new(base), self.engine.options()).map_err(Failure::usage)?;
+        let mut failed = Vec::new();
+        for module in self.modules() {
+            match engine.load_adapter(&module.name, &module.path) {
+                Ok(adapter) if verbosity.details() => {
+                    eprintln!("adapter {}: {} sites, {}", module.name, adapter.sites, adapter.hash);
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    // One bad adapter is no reason to leave the others' requests unanswered.
+                    eprintln!("error: adapter `{}` is not served: {error}", module.name);
+                    failed.push(FailedAdapter { name: module.name.clone(), reason: error.to_string() });
+                }
+            }
+        }
+        Ok((engine, failed))
+    }
+
+    /// All adapters that are asked for.
+    fn modules(&self) -> impl Iterator<Item = &LoraModule> {
+        self.lora_modules.iter().flat_map(|modules| &modules.0)
+    }
+
+    /// Refuses names that cannot be served, or are given twice.
+    fn check_names(&self, base: &str) -> Result<(), Failure> {
+        let own = self.served_model_name.iter().map(String::as_str).chain([base]);
+        let mut names = HashSet::new();
+        for module in self.modules() {
+            for base in own.clone() {
+                validate_adapter_name(&module.name, base).map_err(Failure::usage)?;
+            }
+            if !names.insert(&module.name) {
+                return Err(Failure::usage(format!("adapter name {:?} is given twice", module.name)));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Vec<(String, String)>, String> {
+        let modules: LoraModules = text.parse()?;
+        let pair = |module: LoraModule| (module.name, module.path.display().to_string());
+        Ok(modules.0.into_iter().map(pair).collect())
+    }
+
+    #[test]
+    fn a_list_of_adapters_may_have_spaces_in_its_paths() {
+        let pairs = |pairs: &[(&str, &str)]| {
+            Ok(pairs.iter().map(|(name, path)| ((*name).to_owned(), (*path).to_owned())).collect())
+        };
+        assert_eq!(parse("a=x"), pairs(&[("a", "x")]));
+        assert_eq!(parse("a=/my files/x  b=y=z"), pairs(&[("a", "/my files/x"), ("b", "y=z")]));
+        assert_eq!(parse("=x"), pairs(&[("", "x")]), "the name is checked with the base's");
+        for bad in ["", "a", "a=", "a= b=x", " a=x"] {
+            assert!(parse(bad).unwrap_err().contains("NAME=PATH"), "{bad:?}");
+        }
+    }
+}
