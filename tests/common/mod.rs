@@ -1,0 +1,64 @@
+//! Golden cases: what transformers and PEFT compute for small random models (see scripts/reference).
+#![allow(dead_code, reason = "every test binary uses its own part")]
+
+pub mod program;
+pub mod traffic;
+
+use std::path::{Path, PathBuf};
+
+use loramux::format::safetensors::SafetensorsFile;
+use serde_json::Value;
+
+pub const FAMILIES: [&str; 6] = ["llama", "llama-tied", "qwen2", "qwen3", "mistral", "phi3"];
+
+/// Smaller cases for what the families' own leave out: longrope across its original context, partial rotation, yarn with
+/// mscale, linear rope, windows of some layers, biases everywhere, 16-bit and sharded weights, uncommon adapters.
+pub const VARIANTS: [&str; 5] = ["llama-linear", "llama-yarn", "phi3-su", "qwen2-windows", "qwen3-biases"];
+
+pub struct Case {
+    pub folder: PathBuf,
+    pub forward: Value,
+    logits: SafetensorsFile,
+}
+
+impl Case {
+    pub fn open(family: &str) -> Self {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family);
+        let text = std::fs::read_to_string(folder.join("forward.json")).unwrap();
+        let logits = SafetensorsFile::open(&folder.join("forward.safetensors")).unwrap();
+        Self { forward: serde_json::from_str(&text).unwrap(), logits, folder }
+    }
+
+    pub fn model(&self) -> PathBuf {
+        self.folder.join("model")
+    }
+
+    /// Adapter names, `base` (no adapter) first.
+    pub fn adapters(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.forward["greedy"].as_object().unwrap().keys().cloned().collect();
+        names.sort_by_key(|name| (name != "base", name.clone()));
+        names
+    }
+
+    pub fn adapter_folder(&self, name: &str) -> PathBuf {
+        self.folder.join("adapters").join(name)
+    }
+
+    pub fn prompts(&self) -> Vec<Vec<u32>> {
+        self.forward["prompts"].as_array().unwrap().iter().map(ids).collect()
+    }
+
+    pub fn greedy(&self, adapter: &str, prompt: usize) -> Vec<u32> {
+        ids(&self.forward["greedy"][adapter][prompt])
+    }
+
+    /// Logits `[tokens, vocabulary]` of a prompt, where the file keeps them.
+    pub fn logits(&self, adapter: &str, prompt: usize) -> Option<Vec<f32>> {
+        let name = format!("logits.{adapter}.{prompt}");
+        self.logits.contains(&name).then(|| self.logits.tensor(&name).unwrap().to_f32())
+    }
+}
+
+pub fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}

@@ -1,0 +1,175 @@
+//! Promise 7: steady-state decoding allocates nothing. This binary counts every allocation of every thread.
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::backtrace::Backtrace;
+use std::cell::Cell;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use common::Case;
+use loramux::adapter::peft::{Limits, read_adapter};
+use loramux::backend::cpu::Cpu;
+use loramux::backend::{Backend, PAGE, Rows};
+use loramux::model::{Activations, Base, Transformer};
+
+/// The system's allocator, with a count that can be switched on.
+struct Counting;
+
+static ON: AtomicBool = AtomicBool::new(false);
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+/// Where the first counted allocation came from.
+static FIRST: Mutex<Option<Backtrace>> = Mutex::new(None);
+
+thread_local! {
+    /// Whether this thread is counting already: taking the backtrace allocates, too.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+fn count() {
+    if ON.load(Ordering::Relaxed) && !INSIDE.replace(true) {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+        FIRST.lock().unwrap().get_or_insert_with(Backtrace::force_capture);
+        INSIDE.set(false);
+    }
+}
+
+// SAFETY: every call is passed on to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: as above.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: as above.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count();
+        // SAFETY: as above.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Tokens of every sequence at the end.
+const LENGTH: usize = 64;
+/// Decodings from an empty cache that may pass until nothing is left to grow. Scratch memory belongs to a thread and
+/// grows to the longest sequence that the thread has met, so a busy machine can need more than one.
+const WARM_UP: usize = 5;
+
+/// A model that decodes one token of every sequence per step, in lists that are filled anew for each.
+struct Decoder {
+    transformer: Transformer<Cpu>,
+    cache: <Cpu as Backend>::KvCache,
+    activations: Activations<Cpu>,
+    rows: Rows,
+    picked: Vec<u32>,
+    /// Gates of each sequence.
+    mixtures: Vec<Vec<(u32, f32)>>,
+    pages: Vec<Vec<u32>>,
+    tokens: Vec<u32>,
+}
+
+impl Decoder {
+    /// Sequences through the base, through each adapter, and through mixtures of all.
+    fn new(backend: &Cpu, model: &Path, adapters: &[PathBuf]) -> Self {
+        let base = Base::open(model).unwrap();
+        let mut transformer = Transformer::new(backend, &base.config, &base.checkpoint, LENGTH).unwrap();
+        for (slot, folder) in adapters.iter().enumerate() {
+            let sites = &base.checkpoint.sites().table;
+            let adapter = read_adapter(folder, sites, &base.checkpoint, Limits { max_rank: 64 }).unwrap();
+            transformer.load_adapter(backend, slot, &adapter, &base.checkpoint).unwrap();
+        }
+        let slots = adapters.len() as u32;
+        let mut mixtures = vec![vec![], (0..slots).map(|slot| (slot, 0.25)).collect()];
+        mixtures.extend((0..slots).flat_map(|slot| [vec![(slot, 1.0)], vec![(slot, 0.5)]]));
+        mixtures.sort_by_key(|entries| entries.iter().map(|&(slot, _)| slot).collect::<Vec<_>>());
+        let count = mixtures.len();
+        let pages_each = LENGTH.div_ceil(PAGE);
+        let pages = (0..count * pages_each).map(|page| page as u32).collect::<Vec<_>>();
+        Self {
+            cache: transformer.kv_cache(backend, pages.len()).unwrap(),
+            activations: transformer.activations(backend, count, count).unwrap(),
+            transformer,
+            rows: Rows::default(),
+            picked: (0..count as u32).collect(),
+            mixtures,
+            pages: pages.chunks(pages_each).map(<[u32]>::to_vec).collect(),
+            tokens: (0..count).map(|index| 3 + index as u32).collect(),
+        }
+    }
+
+    /// Computes the token at `position` of every sequence and picks the most likely next one.
+    fn step(&mut self, backend: &mut Cpu, position: usize) {
+        self.rows.clear();
+        for (index, entries) in self.mixtures.iter().enumerate() {
+            let pages = &self.pages[index][..position / PAGE + 1];
+            self.rows.push_sequence(&self.tokens[index..=index], position, 0, pages, entries);
+        }
+        self.transformer.forward(backend, &self.rows, &mut self.cache, &mut self.activations);
+        let logits = self.transformer.logits(backend, &self.rows, &self.picked, &mut self.activations);
+        let vocabulary = self.transformer.config().vocab_size;
+        for (token, logits) in self.tokens.iter_mut().zip(logits.chunks_exact(vocabulary)) {
+            let (best, _) = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
+            *token = best as u32;
+        }
+    }
+}
+
+/// Allocations of decoding from an empty cache to [`LENGTH`] tokens.
+fn allocations(backend: &mut Cpu, decoder: &mut Decoder) -> usize {
+    backend.scope(|backend| {
+        COUNT.store(0, Ordering::SeqCst);
+        ON.store(true, Ordering::SeqCst);
+        (0..LENGTH).for_each(|position| decoder.step(backend, position));
+        ON.store(false, Ordering::SeqCst);
+    });
+    COUNT.load(Ordering::SeqCst)
+}
+
+#[test]
+fn promise_7_steady_state_decoding_allocates_nothing() {
+    // The count must count, or nothing below means anything.
+    ON.store(true, Ordering::SeqCst);
+    drop(std::hint::black_box(vec![1u8; 100]));
+    ON.store(false, Ordering::SeqCst);
+    assert!(COUNT.load(Ordering::SeqCst) > 0, "the counting allocator is not in use");
+
+    let case = Case::open("llama");
+    let golden: Vec<PathBuf> = ["all-r8", "dora-r8", "rslora-r16", "odd-r3-mlp", "head"]
+        .map(|name| case.adapter_folder(name))
+        .to_vec();
+    // Wide enough that a step's loops run on all threads.
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    let trained: Vec<PathBuf> = ["general", "filing-qa", "ticket-routing", "tweet-sentiment"]
+        .map(|name| examples.join("adapters").join(name))
+        .to_vec();
+    for threads in [1, 2] {
+        for (model, adapters) in [(case.model(), &golden), (examples.join("base"), &trained)] {
+            let mut backend = Cpu::new(Some(threads)).unwrap();
+            let mut decoder = Decoder::new(&backend, &model, adapters);
+            // What a step allocates every time is there in every decoding.
+            let mut counts = Vec::new();
+            while counts.len() < WARM_UP && counts.last() != Some(&0) {
+                *FIRST.lock().unwrap() = None;
+                counts.push(allocations(&mut backend, &mut decoder));
+            }
+            let (model, origin) = (model.display(), FIRST.lock().unwrap());
+            assert_eq!(counts.last(), Some(&0), "{model}, {threads} threads, {counts:?}; first: {origin:#?}");
+        }
+    }
+}
