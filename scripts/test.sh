@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change is taken: style, lints, documentation, tests, benches, repository size.
+#
+# Needs git, a Rust toolchain and a C linker. Installs what else it uses: rustfmt
+# and clippy through rustup, cargo-nextest from source. Nothing is skipped: what cannot run fails.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+largest_file=$((10 * 1000 * 1000))
+largest_repository=$((25 * 1000 * 1000))
+timings=()
+
+stage() {
+    local name=$1 start=$SECONDS
+    shift
+    printf '\n=== %s\n' "$name"
+    "$@"
+    timings+=("$(printf '%5d s  %s' $((SECONDS - start)) "$name")")
+    printf -- '--- %s: %d s\n' "$name" $((SECONDS - start))
+}
+
+need() {
+    if ! command -v "$1" >/dev/null; then
+        echo "error: \`$1\` is not installed; $2" >&2
+        exit 1
+    fi
+}
+
+install_tools() {
+    need git "install it with the system's package manager"
+    need cargo "install a Rust toolchain"
+    need cc "install a C compiler: Rust links through it"
+    if ! cargo fmt --version || ! cargo clippy --version; then
+        need rustup "install rustfmt and clippy for this toolchain"
+        rustup component add rustfmt clippy
+    fi
+    if ! cargo nextest --version; then
+        # A test runner is built once and runs briefly: compile time counts, its own speed does not.
+        CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
+            cargo install cargo-nextest --locked
+        cargo nextest --version
+    fi
+}
+
+# Git refuses to look into a folder of another owner, as a container may have it.
+tracked() {
+    git -c safe.directory="$PWD" "$@"
+}
+
+check_repository() {
+    local file size total=0 failed=0
+    while IFS= read -r -d '' file; do
+        [[ -f $file ]] || continue
+        size=$(stat -c %s -- "$file")
+        total=$((total + size))
+        if ((size > largest_file)); then
+            echo "error: $file has $size bytes; at most $largest_file are allowed" >&2
+            failed=1
+        fi
+    done < <(tracked ls-files -z)
+    echo "$total bytes in tracked files"
+    if ((total == 0)); then
+        echo "error: git lists no tracked file" >&2
+        failed=1
+    fi
+    if ((total >= largest_repository)); then
+        echo "error: the tracked files must stay below $largest_repository bytes" >&2
+        failed=1
+    fi
+    # 0: found, 1: not found, else git itself failed.
+    local found=0
+    tracked grep -nIE '/(home|root|Users)/[A-Za-z0-9._-]' || found=$?
+    if ((found == 0)); then
+        echo "error: the lines above name a path of somebody's home" >&2
+        failed=1
+    elif ((found > 1)); then
+        failed=1
+    fi
+    return "$failed"
+}
+
+build_documentation() {
+    RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps
+}
+
+stage "tools" install_tools
+stage "repository" check_repository
+stage "format" cargo fmt --all --check
+stage "lints" cargo clippy --locked --workspace --all-targets -- -D warnings
+stage "documentation" build_documentation
+stage "tests" cargo nextest run --locked
+stage "documentation tests" cargo test --locked --doc
+stage "benches compile" cargo check --locked --package loramux-benches --benches
+
+printf '\n=== seconds by stage\n'
+printf '%s\n' "${timings[@]}"
+printf 'all checks passed in %d s\n' "$SECONDS"
