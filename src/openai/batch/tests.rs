@@ -50,7 +50,11 @@ fn malformed_lines_are_named_by_number_key_and_value() {
         line.to_string()
     };
     for (line, custom_id, part) in [
-        ("{\"custom_id\"".to_owned(), None, "not valid JSON: EOF while parsing an object, at column 12"),
+        (
+            "{\"custom_id\"".to_owned(),
+            None,
+            "not valid JSON: in `custom_id`: EOF while parsing an object, at column 12",
+        ),
         ("[1]".to_owned(), None, "must be a JSON object, got [1]"),
         ("{\"custom_id\": \"a\", \"custom_id\": \"b\"}".to_owned(), None, "key `custom_id` occurs twice"),
         (change("custom_id", json!(null)), None, "`custom_id` is missing"),
