@@ -2,6 +2,7 @@
 //!
 //! - decode of one sequence, in weight bytes per second, against a plain read of the same bytes;
 //! - decode of 16 sequences and prefill of 512 rows, in FLOP/s, against the `gemm` crate alone in f32;
+//! - how many outputs of the `gemm` crate change bits when a row is computed alone: why the backend has its own products;
 //! - the same steps with up to 8 adapters of rank 16, as many as there are sequences, against the base alone.
 //!
 //! Prints a table and, with a path as argument, writes it as JSON. `ROUNDS` and `BLOCKS` (of the model) make it shorter.
@@ -97,8 +98,13 @@ fn main() {
             mixed / own,
         ));
     }
+    let (changed, outputs) = GemmPeer::new(&config, 16).outputs_changed_alone();
+    println!(
+        "gemm crate: {changed} of {outputs} outputs of 16 rows change bits when their row is computed alone"
+    );
     if let Some(path) = report {
         let report = json!({
+            "gemm_outputs_changed_alone": {"changed": changed, "outputs": outputs},
             "bench": "ratios", "command": "cargo bench -p loramux-benches --bench ratios -- FILE",
             "device": device(), "commit": commit(), "isa": cpu.isa().name(), "threads": cpu.threads(), "rounds": rounds,
             "model": "llama-3.2-1b shape, bf16, random weights", "blocks": blocks, "results": results,
@@ -198,6 +204,24 @@ impl GemmPeer {
 
     fn flops(&self) -> f64 {
         self.shapes.iter().map(|(n, k)| 2.0 * (n * k * self.rows) as f64).sum()
+    }
+
+    /// Of the first layer's outputs, how many differ in bits when their row is computed alone; and all of them.
+    fn outputs_changed_alone(&mut self) -> (usize, usize) {
+        let (rows, inputs) = (self.rows, self.x.clone());
+        let (n, k) = self.shapes[0];
+        self.shapes.truncate(1);
+        self.run();
+        let together = self.y[..rows * n].to_vec();
+        self.rows = 1;
+        let mut changed = 0;
+        for row in 0..rows {
+            self.x[..k].copy_from_slice(&inputs[row * k..(row + 1) * k]);
+            self.run();
+            let pairs = self.y[..n].iter().zip(&together[row * n..(row + 1) * n]);
+            changed += pairs.filter(|(alone, together)| alone.to_bits() != together.to_bits()).count();
+        }
+        (changed, rows * n)
     }
 
     fn run(&mut self) -> f32 {
