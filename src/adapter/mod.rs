@@ -12,7 +12,7 @@ pub use store::{AdapterStore, StoreError};
 
 /// One adapter as read from disk, checked against a base's sites.
 ///
-/// For every adapted site `y = W x + bias + scale · B (A x + 0) [+ scale · b_bias]`; with a DoRA magnitude `m`,
+/// For every adapted site `y = W x + bias + scale · (B A x + b_bias)`; with a DoRA magnitude `m`,
 /// `y = m / ‖W + scale · B A‖_row ⊙ (W x + scale · B A x) + bias` (Liu et al. 2024, as PEFT computes it).
 #[derive(Clone, Debug, Default)]
 pub struct Adapter {

@@ -73,7 +73,7 @@ impl Scheduler {
     }
 
     /// Removes every sequence that `leaves` says has ended; `left` is called with each.
-    pub fn retire(&mut self, mut leaves: impl FnMut(&Sequence) -> bool, mut left: impl FnMut(Sequence)) {
+    pub fn retire(&mut self, leaves: impl Fn(&Sequence) -> bool, mut left: impl FnMut(Sequence)) {
         let mut index = 0;
         while index < self.running.len() {
             if leaves(&self.running[index]) {
@@ -83,6 +83,10 @@ impl Scheduler {
             } else {
                 index += 1;
             }
+        }
+        // Asked at every step: a long queue that nobody leaves is looked at, not moved.
+        if !self.waiting.iter().any(&leaves) {
+            return;
         }
         for _ in 0..self.waiting.len() {
             let Some(sequence) = self.waiting.pop_front() else { break };

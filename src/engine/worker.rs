@@ -181,7 +181,7 @@ impl<B: Backend> Worker<B> {
         }
     }
 
-    fn retire(&mut self, backend: &B, leaves: impl FnMut(&Sequence) -> bool) {
+    fn retire(&mut self, backend: &B, leaves: impl Fn(&Sequence) -> bool) {
         let mut left = Vec::new();
         self.scheduler.retire(leaves, |sequence| left.push(sequence));
         for sequence in left {
