@@ -1,0 +1,165 @@
+// What kernels and host share: sizes, and one struct per kernel, passed by value.
+//
+// `scripts/generate-bindings.sh` turns this file into `src/backend/cuda/params.rs`. A field is either a number or a
+// device address, so a struct has the same bytes on both sides.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__cplusplus) && !defined(LORAMUX_BINDGEN)
+struct bf16;
+#define DEVICE(type) type*
+#else
+// Rust sees addresses as numbers: they are no pointers there.
+#define DEVICE(type) uint64_t
+#endif
+
+// Ranks of a rank chunk: the tensor core's K step.
+#define LORAMUX_RANK_CHUNK 16
+// Rows that share a chunk list, and rows of a v block.
+#define LORAMUX_ROW_TILE 128
+// Most sites of a group (q, k, v).
+#define LORAMUX_MAX_SITES 4
+// Most K slices of a site group.
+#define LORAMUX_MAX_SLICES 8
+// K is cut into slices between blocks of this many elements.
+#define LORAMUX_K_BLOCK 64
+// Most rows of the decode kernel.
+#define LORAMUX_DECODE_ROWS 64
+
+// A rank chunk in use by a row tile. Its index in the chunk list is also its v block: where `shrink_gate` leaves and
+// the products find V[row] = gate · scale · (x · A_chunkᵀ).
+struct RankChunk {
+  // Chunk of the site's arenas: A is [chunk][16][in], B is [chunk][out][16].
+  uint32_t chunk;
+  // Row of the gates [entry][LORAMUX_ROW_TILE]: which expert of the tile this chunk belongs to.
+  uint32_t entry;
+  // Site of the group.
+  uint32_t site;
+  // The adapter's scale: alpha / r, or alpha / √r.
+  float scale;
+};
+
+// What a site knows of the expert in a slot. Its chunk ids are `chunk_ids[slot · chunks_per_slot + j]`, j < count.
+struct SlotChunks {
+  // Rank chunks of this expert at this site; 0 where the site is no target or the slot is empty.
+  uint32_t count;
+  // Chunk j extends K slice (phase + j) mod slices. A property of the adapter's content, so that neither its slot
+  // nor its neighbours decide in which order a row is summed.
+  uint32_t phase;
+  float scale;
+};
+
+// Where one site's chunks are looked up.
+struct ChunkListSite {
+  // [slots]
+  DEVICE(const struct SlotChunks) slots;
+  // [slots][chunks_per_slot]
+  DEVICE(const uint32_t) chunk_ids;
+};
+
+// A site group's chunk list: what to build it from and where to.
+//
+// A cell is (row tile, site, K slice), in this order; `starts[cell] .. starts[cell + 1]` are its chunks.
+struct ChunkListGroup {
+  struct ChunkListSite site[LORAMUX_MAX_SITES];
+  // [tiles · sites · slices + 1]
+  DEVICE(uint32_t) starts;
+  // [capacity]
+  DEVICE(struct RankChunk) chunks;
+  uint32_t sites;
+  uint32_t slices;
+  uint32_t capacity;
+  // Slots' stride in `chunk_ids`.
+  uint32_t chunks_per_slot;
+};
+
+// `chunk_lists`: one thread block per site group.
+struct ChunkListParams {
+  // [groups]
+  DEVICE(const struct ChunkListGroup) groups;
+  // [1]: row tiles of this step; on the device, so that one graph serves every step.
+  DEVICE(const uint32_t) tiles;
+  // [tiles + 1]: tile t uses the experts of entries `tile_entries[t] .. tile_entries[t + 1]`.
+  DEVICE(const uint32_t) tile_entries;
+  // [entries]: slots. A tile's entries ascend by the experts' order, the same in every step.
+  DEVICE(const uint32_t) entry_slots;
+  // [1]: set to 1 when a list did not fit its capacity; such a list is cut off, never overrun.
+  DEVICE(uint32_t) overflow;
+};
+
+// `shrink_gate_*`: V = gate · scale · (X · Aᵀ) for every chunk of a site group's list.
+struct ShrinkGateParams {
+  // [rows][x_stride], in_features used.
+  DEVICE(const struct bf16) x;
+  // [v blocks][LORAMUX_ROW_TILE][16]; rows past the batch are written as zeros.
+  DEVICE(struct bf16) v;
+  // [entries][LORAMUX_ROW_TILE]: 0 for rows that do not use the expert.
+  DEVICE(const float) gates;
+  DEVICE(const struct RankChunk) chunks;
+  DEVICE(const uint32_t) starts;
+  // Arenas [chunk][16][in_features] of the group's sites.
+  DEVICE(const struct bf16) a[LORAMUX_MAX_SITES];
+  uint32_t rows;
+  uint32_t in_features;
+  uint32_t x_stride;
+  // Cells of a row tile: sites · slices.
+  uint32_t cells;
+};
+
+// One linear layer of a group.
+struct GemmSite {
+  // [out_features][in_features]
+  DEVICE(const struct bf16) weight;
+  // [out_features], or null.
+  DEVICE(const float) bias;
+  // Arena [chunk][out_features][16].
+  DEVICE(const struct bf16) b;
+  uint32_t out_features;
+  // Where the site's outputs start in a row of y.
+  uint32_t y_column;
+};
+
+// What becomes of a tile of sums.
+enum Epilogue {
+  // y = sum + bias
+  LORAMUX_STORE = 0,
+  // y = residual + sum + bias
+  LORAMUX_ADD_RESIDUAL = 1,
+  // y = silu(site 0) ⊙ site 1, each with its bias
+  LORAMUX_SWIGLU = 2,
+};
+
+// `gemm_rank_ext_*` and `gemm_decode_*`: Y = X · Wᵀ + bias + Σ_chunks V · Bᵀ, all sites of a group.
+//
+// The sum of one output is defined by the group alone: K is cut into `slices` runs of K blocks; a slice is summed in
+// fp32 over ascending k and then over its rank chunks in list order, from zero; slices are added in ascending order;
+// bias and residual come last; the result is rounded to bf16 once. Both kernels keep to it, so a row's bits depend
+// neither on the kernel nor on the other rows.
+struct GemmParams {
+  // [rows][x_stride], in_features used.
+  DEVICE(const struct bf16) x;
+  // [rows][y_stride]
+  DEVICE(struct bf16) y;
+  // [rows][y_stride], for LORAMUX_ADD_RESIDUAL; may be y itself.
+  DEVICE(const struct bf16) residual;
+  // [v blocks][LORAMUX_ROW_TILE][16]
+  DEVICE(const struct bf16) v;
+  // null for a group without adapters.
+  DEVICE(const struct RankChunk) chunks;
+  DEVICE(const uint32_t) starts;
+  // `gemm_decode_*` with more than one slice: partial sums [column tiles][slices][rows of the tile][columns].
+  DEVICE(float) partials;
+  // Likewise [column tiles]: slices that have arrived; zero before the first launch and after every launch.
+  DEVICE(uint32_t) arrived;
+  struct GemmSite site[LORAMUX_MAX_SITES];
+  uint32_t sites;
+  uint32_t slices;
+  uint32_t rows;
+  uint32_t in_features;
+  uint32_t x_stride;
+  uint32_t y_stride;
+  // enum Epilogue
+  uint32_t epilogue;
+  uint32_t reserved;
+};
