@@ -60,7 +60,7 @@ struct ChunkListSite {
 
 // A site group's chunk list: what to build it from and where to.
 //
-// A cell is (row tile, site, K slice), in this order; `starts[cell] .. starts[cell + 1]` are its chunks.
+// A cell is (row tile, K slice, site), in this order; `starts[cell] .. starts[cell + 1]` are its chunks.
 struct ChunkListGroup {
   struct ChunkListSite site[LORAMUX_MAX_SITES];
   // [tiles · sites · slices + 1]
@@ -78,8 +78,8 @@ struct ChunkListGroup {
 struct ChunkListParams {
   // [groups]
   DEVICE(const struct ChunkListGroup) groups;
-  // [1]: row tiles of this step; on the device, so that one graph serves every step.
-  DEVICE(const uint32_t) tiles;
+  // [1]: rows of this step; on the device, so that one graph serves every step of its capacity.
+  DEVICE(const uint32_t) rows;
   // [tiles + 1]: tile t uses the experts of entries `tile_entries[t] .. tile_entries[t + 1]`.
   DEVICE(const uint32_t) tile_entries;
   // [entries]: slots. A tile's entries ascend by the experts' order, the same in every step.
@@ -92,7 +92,7 @@ struct ChunkListParams {
 struct ShrinkGateParams {
   // [rows][x_stride], in_features used.
   DEVICE(const struct bf16) x;
-  // [v blocks][LORAMUX_ROW_TILE][16]; rows past the batch are written as zeros.
+  // [v blocks][LORAMUX_ROW_TILE][16]
   DEVICE(struct bf16) v;
   // [entries][LORAMUX_ROW_TILE]: 0 for rows that do not use the expert.
   DEVICE(const float) gates;
@@ -100,11 +100,13 @@ struct ShrinkGateParams {
   DEVICE(const uint32_t) starts;
   // Arenas [chunk][16][in_features] of the group's sites.
   DEVICE(const struct bf16) a[LORAMUX_MAX_SITES];
-  uint32_t rows;
+  // [1]: rows of this step.
+  DEVICE(const uint32_t) rows;
   uint32_t in_features;
   uint32_t x_stride;
-  // Cells of a row tile: sites · slices.
+  // Cells of a row tile: slices · sites.
   uint32_t cells;
+  uint32_t reserved;
 };
 
 // One linear layer of a group.
@@ -150,16 +152,19 @@ struct GemmParams {
   DEVICE(const uint32_t) starts;
   // `gemm_decode_*` with more than one slice: partial sums [column tiles][slices][rows of the tile][columns].
   DEVICE(float) partials;
-  // Likewise [column tiles]: slices that have arrived; zero before the first launch and after every launch.
+  // [column tiles]: slices that have arrived; zero before the first launch and after every launch.
   DEVICE(uint32_t) arrived;
+  // [1]: rows of this step.
+  DEVICE(const uint32_t) rows;
   struct GemmSite site[LORAMUX_MAX_SITES];
   uint32_t sites;
   uint32_t slices;
-  uint32_t rows;
   uint32_t in_features;
   uint32_t x_stride;
   uint32_t y_stride;
   // enum Epilogue
   uint32_t epilogue;
+  // Row tiles that the grid of `gemm_rank_ext_*` covers.
+  uint32_t row_tiles;
   uint32_t reserved;
 };
