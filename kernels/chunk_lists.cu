@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr uint32_t threads = 256, warps = threads / 32;
+constexpr uint32_t threads = LORAMUX_CHUNK_LISTS_THREADS, warps = threads / 32;
 
 // Chunks of an expert that extend a slice: `first`, `first + slices`, …, `count` of them.
 struct ChunksOfSlice {

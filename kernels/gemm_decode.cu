@@ -47,6 +47,15 @@ using Rows16 = ProductShape<1, 1, 2, 8>;
 using Rows32 = ProductShape<1, 2, 2, 8>;
 using Rows64 = ProductShape<1, 4, 2, 6>;
 
+template <class Shape>
+constexpr bool matches(uint32_t rows, uint32_t shared_bytes) {
+  return Shape::rows == rows && sizeof(typename Shape::Storage) == shared_bytes &&
+         Shape::columns == LORAMUX_DECODE_COLUMNS && Shape::threads == LORAMUX_DECODE_THREADS;
+}
+static_assert(matches<Rows16>(16, LORAMUX_DECODE_16_SHARED_BYTES));
+static_assert(matches<Rows32>(32, LORAMUX_DECODE_32_SHARED_BYTES));
+static_assert(matches<Rows64>(64, LORAMUX_DECODE_64_SHARED_BYTES));
+
 }  // namespace
 
 KERNEL(gemm_decode_16, GemmParams, Rows16::threads, 2) { gemm_decode<Rows16>(p); }
