@@ -7,6 +7,9 @@
 //! bits are the same alone, in any batch and at any place in it.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+#[allow(dead_code)]
+mod cuda;
 mod rows;
 
 use thiserror::Error;
