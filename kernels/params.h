@@ -24,8 +24,29 @@ struct bf16;
 #define LORAMUX_MAX_SLICES 8
 // K is cut into slices between blocks of this many elements.
 #define LORAMUX_K_BLOCK 64
-// Most rows of the decode kernel.
-#define LORAMUX_DECODE_ROWS 64
+
+// Launch geometry. The kernels assert that it is theirs.
+#define LORAMUX_CHUNK_LISTS_THREADS 256
+// `shrink_gate_16`, for few rows: rows and rank chunks of a thread block.
+#define LORAMUX_SHRINK_16_ROWS 16
+#define LORAMUX_SHRINK_16_CHUNKS 1
+#define LORAMUX_SHRINK_16_THREADS 128
+#define LORAMUX_SHRINK_16_SHARED_BYTES 98304
+// `shrink_gate_64`, for many rows.
+#define LORAMUX_SHRINK_64_ROWS 64
+#define LORAMUX_SHRINK_64_CHUNKS 4
+#define LORAMUX_SHRINK_64_THREADS 256
+#define LORAMUX_SHRINK_64_SHARED_BYTES 73728
+// `gemm_rank_ext_*`: tiles of LORAMUX_ROW_TILE rows.
+#define LORAMUX_GEMM_COLUMNS 128
+#define LORAMUX_GEMM_THREADS 256
+#define LORAMUX_GEMM_SHARED_BYTES 98304
+// `gemm_decode_*`, for at most 16, 32 or 64 rows.
+#define LORAMUX_DECODE_COLUMNS 64
+#define LORAMUX_DECODE_THREADS 128
+#define LORAMUX_DECODE_16_SHARED_BYTES 81920
+#define LORAMUX_DECODE_32_SHARED_BYTES 98304
+#define LORAMUX_DECODE_64_SHARED_BYTES 98304
 
 // A rank chunk in use by a row tile. Its index in the chunk list is also its v block: where `shrink_gate` leaves and
 // the products find V[row] = gate · scale · (x · A_chunkᵀ).
@@ -60,7 +81,7 @@ struct ChunkListSite {
 
 // A site group's chunk list: what to build it from and where to.
 //
-// A cell is (row tile, site, K slice), in this order; `starts[cell] .. starts[cell + 1]` are its chunks.
+// A cell is (row tile, K slice, site), in this order; `starts[cell] .. starts[cell + 1]` are its chunks.
 struct ChunkListGroup {
   struct ChunkListSite site[LORAMUX_MAX_SITES];
   // [tiles · sites · slices + 1]
@@ -78,8 +99,8 @@ struct ChunkListGroup {
 struct ChunkListParams {
   // [groups]
   DEVICE(const struct ChunkListGroup) groups;
-  // [1]: row tiles of this step; on the device, so that one graph serves every step.
-  DEVICE(const uint32_t) tiles;
+  // [1]: rows of this step; on the device, so that one graph serves every step of its capacity.
+  DEVICE(const uint32_t) rows;
   // [tiles + 1]: tile t uses the experts of entries `tile_entries[t] .. tile_entries[t + 1]`.
   DEVICE(const uint32_t) tile_entries;
   // [entries]: slots. A tile's entries ascend by the experts' order, the same in every step.
@@ -92,7 +113,7 @@ struct ChunkListParams {
 struct ShrinkGateParams {
   // [rows][x_stride], in_features used.
   DEVICE(const struct bf16) x;
-  // [v blocks][LORAMUX_ROW_TILE][16]; rows past the batch are written as zeros.
+  // [v blocks][LORAMUX_ROW_TILE][16]
   DEVICE(struct bf16) v;
   // [entries][LORAMUX_ROW_TILE]: 0 for rows that do not use the expert.
   DEVICE(const float) gates;
@@ -100,11 +121,13 @@ struct ShrinkGateParams {
   DEVICE(const uint32_t) starts;
   // Arenas [chunk][16][in_features] of the group's sites.
   DEVICE(const struct bf16) a[LORAMUX_MAX_SITES];
-  uint32_t rows;
+  // [1]: rows of this step.
+  DEVICE(const uint32_t) rows;
   uint32_t in_features;
   uint32_t x_stride;
-  // Cells of a row tile: sites · slices.
+  // Cells of a row tile: slices · sites.
   uint32_t cells;
+  uint32_t reserved;
 };
 
 // One linear layer of a group.
@@ -150,16 +173,19 @@ struct GemmParams {
   DEVICE(const uint32_t) starts;
   // `gemm_decode_*` with more than one slice: partial sums [column tiles][slices][rows of the tile][columns].
   DEVICE(float) partials;
-  // Likewise [column tiles]: slices that have arrived; zero before the first launch and after every launch.
+  // [column tiles]: slices that have arrived; zero before the first launch and after every launch.
   DEVICE(uint32_t) arrived;
+  // [1]: rows of this step.
+  DEVICE(const uint32_t) rows;
   struct GemmSite site[LORAMUX_MAX_SITES];
   uint32_t sites;
   uint32_t slices;
-  uint32_t rows;
   uint32_t in_features;
   uint32_t x_stride;
   uint32_t y_stride;
   // enum Epilogue
   uint32_t epilogue;
+  // Row tiles that the grid of `gemm_rank_ext_*` covers.
+  uint32_t row_tiles;
   uint32_t reserved;
 };

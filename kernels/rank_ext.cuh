@@ -1,0 +1,349 @@
+// The product of a site group in which rank is just more K: what `gemm_rank_ext` and `gemm_decode` have in common.
+//
+//   Y = [X | V] · [W | B]ᵀ        K blocks of 64 values, then rank blocks of four rank chunks
+//
+// A thread block computes a tile of rows x columns over one or more K slices. Blocks stream through a ring of stages
+// in shared memory; a rank block has the layout of a K block, chunk j in steps j of all rows, so what multiplies them
+// cannot tell which is which. See `GemmParams` for the order of every sum.
+//
+// Columns of a tile belong to one site; for SwiGLU half of every warp's columns are gates and the other half the same
+// columns of up, so that a pair meets in one tile.
+#pragma once
+#include <bf16.cuh>
+#include <device.cuh>
+#include <tile.cuh>
+
+// `warp_rows` x 4 warps, each with sums of `row_blocks` x `column_blocks` blocks of 16x8.
+template <uint32_t warp_rows_, uint32_t row_blocks_, uint32_t column_blocks_, uint32_t stages_>
+struct ProductShape {
+  static constexpr uint32_t warp_rows = warp_rows_, row_blocks = row_blocks_, column_blocks = column_blocks_;
+  static constexpr uint32_t stages = stages_;
+  static constexpr uint32_t warp_columns = 4;
+  static constexpr uint32_t threads = warp_rows * warp_columns * 32;
+  static constexpr uint32_t rows_of_warp = row_blocks * 16, columns_of_warp = column_blocks * 8;
+  static constexpr uint32_t rows = warp_rows * rows_of_warp, columns = warp_columns * columns_of_warp;
+  // Rows of a tile that all threads together copy at a time, a piece each.
+  static constexpr uint32_t copied_rows = threads / block_pieces;
+  static_assert(copied_rows == columns_of_warp, "each pass brings the weights of one warp's columns");
+  static_assert(rows % copied_rows == 0 && LORAMUX_ROW_TILE % rows == 0);
+  // Floats from row to row of a tile of sums: rows of a column of blocks fall into different banks.
+  static constexpr uint32_t sum_stride = columns + 8;
+
+  using Sums = WarpSums<row_blocks, column_blocks>;
+  struct Stage {
+    OperandTile<rows> x;
+    OperandTile<columns> w;
+  };
+  // All of a thread block's shared memory.
+  union Storage {
+    Stage stage[stages];
+    float sums[rows * sum_stride];
+  };
+};
+
+// Columns that a thread block computes: `columns` of one site, or for SwiGLU half as many of site 0 and of site 1.
+struct ColumnTile {
+  uint32_t index, site, first;
+  bool paired;
+
+  // Tile number `index` of the group; the host counts them the same way (`column_tiles`).
+  __device__ __forceinline__ ColumnTile(const GemmParams& p, uint32_t index, uint32_t columns)
+      : index(index), site(0), first(index * columns), paired(p.epilogue == LORAMUX_SWIGLU) {
+    if (paired) {
+      first = index * (columns / 2);
+      return;
+    }
+    while (first >= p.site[site].out_features) {
+      first -= (p.site[site].out_features + columns - 1) / columns * columns;
+      ++site;
+    }
+  }
+};
+
+// First K block of a slice.
+__device__ __forceinline__ uint32_t slice_begin(const GemmParams& p, uint32_t slice) {
+  const uint32_t blocks = (p.in_features + LORAMUX_K_BLOCK - 1) / LORAMUX_K_BLOCK;
+  return slice * blocks / p.slices;
+}
+
+// Fills stages and multiplies them. `stream_weights`: weights are read once, so they should not displace the rest
+// from L2.
+template <class Shape, bool stream_weights>
+class Product {
+ public:
+  using Sums = typename Shape::Sums;
+
+  __device__ __forceinline__ Product(const GemmParams& p, const ColumnTile& tile, uint32_t row,
+                                     typename Shape::Storage& storage, uint32_t first_slice, uint32_t end_slice)
+      : p_(p), storage_(storage), tile_(tile), row_(row), end_slice_(end_slice), slice_(first_slice) {
+    const uint32_t row_in_pass = threadIdx.x / block_pieces;
+    if (tile.paired) {
+      constexpr uint32_t half = Shape::columns_of_warp / 2;
+      site_ = row_in_pass / half;
+      weight_row_ = tile.first + row_in_pass % half;
+      weight_step_ = half;
+    } else {
+      site_ = tile.site;
+      weight_row_ = tile.first + row_in_pass;
+      weight_step_ = Shape::columns_of_warp;
+    }
+    out_features_ = p.site[site_].out_features;
+    policy_ = stream_weights ? ptx::evict_first_policy() : 0;
+    block_ = slice_begin(p, slice_);
+    block_end_ = slice_begin(p, slice_ + 1);
+    // Weights do not depend on the previous grid: they are under way while it ends.
+    const uint32_t blocks = block_end_ - block_;
+#pragma unroll
+    for (uint32_t i = 0; i + 1 < Shape::stages; ++i)
+      if (i < blocks) copy_weights(storage_.stage[i], block_ + i);
+    ptx::wait_for_previous_grid();
+    rows_ = *p.rows;
+    find_chunks();
+#pragma unroll
+    for (uint32_t i = 0; i + 1 < Shape::stages; ++i) {
+      fill(i, i < blocks);
+      ptx::copy_async_commit();
+    }
+  }
+
+  // Whether the tile has rows in this step.
+  __device__ __forceinline__ bool has_rows() const { return row_ < rows_; }
+  __device__ __forceinline__ uint32_t rows() const { return rows_; }
+
+  // The sums of one slice; slices are asked for in the order in which they were given to the constructor.
+  __device__ __forceinline__ void multiply_slice(uint32_t slice, Sums& sums) {
+    sums.clear();
+    const uint32_t blocks = slice_begin(p_, slice + 1) - slice_begin(p_, slice);
+#pragma unroll 1
+    for (uint32_t i = 0; i < blocks; ++i) {
+      typename Shape::Stage& stage = next_stage();
+#pragma unroll
+      for (uint32_t step = 0; step < block_steps; ++step) multiply_step(stage, step, sums);
+    }
+    const Range chunks = chunk_range(slice);
+#pragma unroll 1
+    for (uint32_t chunk = chunks.begin; chunk < chunks.end; chunk += block_steps) {
+      typename Shape::Stage& stage = next_stage();
+      const uint32_t steps = min(block_steps, chunks.end - chunk);
+#pragma unroll 1
+      for (uint32_t step = 0; step < steps; ++step) multiply_step(stage, step, sums);
+    }
+  }
+
+  // Waits until no thread reads or fills a stage: shared memory is free for other use.
+  __device__ __forceinline__ void drain() {
+    ptx::copy_async_wait<0>();
+    __syncthreads();
+  }
+
+ private:
+  struct Range {
+    uint32_t begin, end;
+  };
+
+  // Waits for the oldest stage, starts to fill the one that was multiplied before it, and returns the oldest.
+  __device__ __forceinline__ typename Shape::Stage& next_stage() {
+    ptx::copy_async_wait<Shape::stages - 2>();
+    __syncthreads();
+    typename Shape::Stage& ready = storage_.stage[read_stage_];
+    const uint32_t free_stage = read_stage_ == 0 ? Shape::stages - 1 : read_stage_ - 1;
+    fill(free_stage, false);
+    ptx::copy_async_commit();
+    read_stage_ = read_stage_ + 1 == Shape::stages ? 0 : read_stage_ + 1;
+    return ready;
+  }
+
+  __device__ __forceinline__ void multiply_step(typename Shape::Stage& stage, uint32_t step, Sums& sums) {
+    const uint32_t warp = threadIdx.x / 32;
+    sums.multiply(stage.x, warp / Shape::warp_columns * Shape::rows_of_warp, stage.w,
+                  warp % Shape::warp_columns * Shape::columns_of_warp, step);
+  }
+
+  // Starts to copy the next block, if there is one, and moves on to the one after it.
+  __device__ __forceinline__ void fill(uint32_t stage_index, bool weights_are_under_way) {
+    typename Shape::Stage& stage = storage_.stage[stage_index];
+    if (block_ < block_end_) {
+      if (!weights_are_under_way) copy_weights(stage, block_);
+      copy_inputs(stage, block_);
+      ++block_;
+    } else if (chunk_ < chunk_end_) {
+      copy_rank_block(stage);
+      chunk_ += block_steps;
+      look_up_chunk();
+    }
+    if (block_ == block_end_ && chunk_ >= chunk_end_ && slice_ + 1 < end_slice_) {
+      ++slice_;
+      block_end_ = slice_begin(p_, slice_ + 1);
+      find_chunks();
+    }
+  }
+
+  __device__ __forceinline__ Range chunk_range(uint32_t slice) const {
+    if (p_.chunks == nullptr || !has_rows()) return {0, 0};
+    const uint32_t cell =
+        (row_ / LORAMUX_ROW_TILE * p_.slices + slice) * p_.sites + (tile_.paired ? 0 : tile_.site);
+    return {p_.starts[cell], p_.starts[cell + (tile_.paired ? 2 : 1)]};
+  }
+
+  __device__ __forceinline__ void find_chunks() {
+    const Range chunks = chunk_range(slice_);
+    chunk_ = chunks.begin;
+    chunk_end_ = chunks.end;
+    look_up_chunk();
+  }
+
+  // Reads this thread's entry of the next rank block a block early, so that nobody waits for it.
+  __device__ __forceinline__ void look_up_chunk() {
+    const uint32_t mine = chunk_ + piece() / 2;
+    if (mine < chunk_end_) {
+      arena_chunk_ = p_.chunks[mine].chunk;
+      chunk_is_of_site_ = p_.chunks[mine].site == site_;
+    }
+  }
+
+  // The 16-byte piece of every row that this thread copies.
+  __device__ __forceinline__ uint32_t piece() const { return threadIdx.x % block_pieces; }
+
+  __device__ __forceinline__ void copy_weights(typename Shape::Stage& stage, uint32_t block) {
+    const uint32_t k = block * LORAMUX_K_BLOCK + piece() * piece_values;
+    const bf16* from = p_.site[site_].weight + size_t(weight_row_) * p_.in_features + k;
+    copy_columns(stage, from, p_.in_features, k < p_.in_features);
+  }
+
+  // Pieces for the rows of the weight tile: this thread's row of every warp's columns, `stride` values a row.
+  __device__ __forceinline__ void copy_columns(typename Shape::Stage& stage, const bf16* from, uint32_t stride,
+                                               bool valid) {
+#pragma unroll
+    for (uint32_t i = 0; i < Shape::warp_columns; ++i) {
+      void* to = stage.w.piece(threadIdx.x / block_pieces + i * Shape::copied_rows, piece());
+      const bf16* row = from + size_t(i * weight_step_) * stride;
+      const bool copied = valid && weight_row_ + i * weight_step_ < out_features_;
+      if (stream_weights)
+        ptx::copy_async_16(to, row, copied, policy_);
+      else
+        ptx::copy_async_16(to, row, copied);
+    }
+  }
+
+  // Likewise for the rows of the input tile; rows past the batch are zeros.
+  __device__ __forceinline__ void copy_rows(typename Shape::Stage& stage, const bf16* from, uint32_t stride,
+                                            bool valid) {
+#pragma unroll
+    for (uint32_t i = 0; i < Shape::rows / Shape::copied_rows; ++i) {
+      const uint32_t row = threadIdx.x / block_pieces + i * Shape::copied_rows;
+      ptx::copy_async_16(stage.x.piece(row, piece()), from + size_t(row) * stride, valid && row_ + row < rows_);
+    }
+  }
+
+  __device__ __forceinline__ void copy_inputs(typename Shape::Stage& stage, uint32_t block) {
+    const uint32_t k = block * LORAMUX_K_BLOCK + piece() * piece_values;
+    copy_rows(stage, p_.x + size_t(row_) * p_.x_stride + k, p_.x_stride, k < p_.in_features);
+  }
+
+  // Chunk j of the rank block lies in pieces 2j and 2j + 1: V in place of X, B in place of W.
+  __device__ __forceinline__ void copy_rank_block(typename Shape::Stage& stage) {
+    const uint32_t mine = chunk_ + piece() / 2, value = piece() % 2 * piece_values;
+    const bool valid = mine < chunk_end_;
+    const size_t v_row = size_t(mine) * LORAMUX_ROW_TILE + row_ % LORAMUX_ROW_TILE;
+    copy_rows(stage, p_.v + v_row * LORAMUX_RANK_CHUNK + value, LORAMUX_RANK_CHUNK, valid);
+    const size_t b_row = size_t(arena_chunk_) * out_features_ + weight_row_;
+    copy_columns(stage, p_.site[site_].b + b_row * LORAMUX_RANK_CHUNK + value, LORAMUX_RANK_CHUNK,
+                 valid && chunk_is_of_site_);
+  }
+
+  const GemmParams& p_;
+  typename Shape::Storage& storage_;
+  const ColumnTile tile_;
+  // First row of the tile, rows of the step, end of the slices that are multiplied here.
+  uint32_t row_, rows_ = 0, end_slice_;
+  // This thread's rows of the weight tile: site, first row, distance of the rows.
+  uint32_t site_, weight_row_, weight_step_, out_features_;
+  uint64_t policy_;
+  // What is filled next: K block or rank chunk of a slice.
+  uint32_t slice_, block_, block_end_, chunk_ = 0, chunk_end_ = 0;
+  uint32_t arena_chunk_ = 0;
+  bool chunk_is_of_site_ = false;
+  uint32_t read_stage_ = 0;
+};
+
+struct Eight {
+  float at[8];
+};
+
+__device__ __forceinline__ Eight read_eight(const float* from) {
+  const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
+  return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+}
+
+__device__ __forceinline__ void add(Eight& to, const Eight& other) {
+#pragma unroll
+  for (uint32_t i = 0; i < 8; ++i) to.at[i] += other.at[i];
+}
+
+__device__ __forceinline__ void add_bias(Eight& to, const GemmSite& site, uint32_t column) {
+  if (site.bias != nullptr) add(to, read_eight(site.bias + column));
+}
+
+// x · σ(x)
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
+// Writes the tile's outputs, eight columns a thread at a time. `sums(row, column)` gives eight sums of the tile.
+template <class Shape, class Sums>
+__device__ __forceinline__ void write_outputs(const GemmParams& p, const ColumnTile& tile, uint32_t first_row,
+                                              uint32_t rows, Sums sums) {
+  const uint32_t columns = tile.paired ? Shape::columns / 2 : Shape::columns;
+  const uint32_t pieces = columns / piece_values;
+  const GemmSite& site = p.site[tile.site];
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < Shape::rows * pieces; i += Shape::threads) {
+    const uint32_t row = i / pieces, piece = i % pieces;
+    const uint32_t column = tile.first + piece * piece_values;
+    if (first_row + row >= rows || column >= site.out_features) continue;
+    const size_t output = size_t(first_row + row) * p.y_stride + site.y_column + column;
+    Eight value;
+    if (tile.paired) {
+      constexpr uint32_t half = Shape::columns_of_warp / 2;
+      const uint32_t gate_column = piece * piece_values / half * Shape::columns_of_warp + piece * piece_values % half;
+      value = sums(row, gate_column);
+      Eight up = sums(row, gate_column + half);
+      add_bias(value, p.site[0], column);
+      add_bias(up, p.site[1], column);
+#pragma unroll
+      for (uint32_t j = 0; j < 8; ++j) value.at[j] = silu(value.at[j]) * up.at[j];
+    } else {
+      value = sums(row, piece * piece_values);
+      add_bias(value, site, column);
+      if (p.epilogue == LORAMUX_ADD_RESIDUAL) {
+        const uint4 residual = *reinterpret_cast<const uint4*>(p.residual + output);
+        const uint32_t pairs[4] = {residual.x, residual.y, residual.z, residual.w};
+#pragma unroll
+        for (uint32_t j = 0; j < 4; ++j) {
+          value.at[j * 2] += low_float(pairs[j]);
+          value.at[j * 2 + 1] += high_float(pairs[j]);
+        }
+      }
+    }
+    *reinterpret_cast<uint4*>(p.y + output) =
+        make_uint4(ptx::pack_bf16(value.at[0], value.at[1]), ptx::pack_bf16(value.at[2], value.at[3]),
+                   ptx::pack_bf16(value.at[4], value.at[5]), ptx::pack_bf16(value.at[6], value.at[7]));
+  }
+}
+
+// This warp's corner of a tile of sums.
+template <class Shape>
+__device__ __forceinline__ float* warp_corner(float* tile, uint32_t stride) {
+  const uint32_t warp = threadIdx.x / 32;
+  return tile + warp / Shape::warp_columns * Shape::rows_of_warp * stride +
+         warp % Shape::warp_columns * Shape::columns_of_warp;
+}
+
+// Outputs of sums that one thread block holds whole.
+template <class Shape>
+__device__ __forceinline__ void finish(const GemmParams& p, const ColumnTile& tile, uint32_t first_row, uint32_t rows,
+                                       const typename Shape::Sums& sums, typename Shape::Storage& storage) {
+  sums.store(warp_corner<Shape>(storage.sums, Shape::sum_stride), Shape::sum_stride);
+  __syncthreads();
+  write_outputs<Shape>(p, tile, first_row, rows, [&](uint32_t row, uint32_t column) {
+    return read_eight(storage.sums + row * Shape::sum_stride + column);
+  });
+}

@@ -1,0 +1,211 @@
+// V = gate · scale · (X · Aᵀ) for every rank chunk in use: one pass over X for all sites of a group.
+//
+// A thread block takes some rows of a row tile and some chunks of the tile's list, and multiplies over the whole of K.
+// Four warps share a K block, one tensor core step each, so even a single chunk has short chains of sums. Their sums
+// are added as ((s0 + s1) + s2) + s3: an element of V depends on its row, its chunk and nothing else.
+//
+// Chunks that no row of the thread block uses are not multiplied; their V is zero.
+//
+// Grid: (row tiles · parts of a tile, thread blocks that share the tile's chunks).
+#include <bf16.cuh>
+#include <device.cuh>
+#include <tile.cuh>
+
+namespace {
+
+// `row_groups` x 4 warps; a thread block has `row_groups · row_blocks · 16` rows and `chunks` rank chunks at a time,
+// and stages of `blocks` K blocks.
+template <uint32_t row_groups_, uint32_t row_blocks_, uint32_t chunks_, uint32_t blocks_, uint32_t stages_>
+struct ShrinkShape {
+  static constexpr uint32_t row_groups = row_groups_, row_blocks = row_blocks_, chunks = chunks_;
+  static constexpr uint32_t blocks = blocks_, stages = stages_;
+  static constexpr uint32_t threads = row_groups * block_steps * 32;
+  static constexpr uint32_t rows = row_groups * row_blocks * 16, ranks = chunks * LORAMUX_RANK_CHUNK;
+  // Rows of a tile that all threads together copy at a time, a piece each.
+  static constexpr uint32_t copied_rows = threads / block_pieces;
+  static_assert(rows % copied_rows == 0 && ranks % copied_rows == 0 && LORAMUX_ROW_TILE % rows == 0);
+  static constexpr uint32_t sum_stride = ranks + 8;
+
+  using Sums = WarpSums<row_blocks, chunks * 2>;
+  struct Block {
+    OperandTile<rows> x;
+    OperandTile<ranks> a;
+  };
+  // All of a thread block's shared memory.
+  union Storage {
+    Block stage[stages][blocks];
+    float sums[block_steps][rows][sum_stride];
+  };
+};
+
+template <class Shape>
+class Shrink {
+ public:
+  __device__ __forceinline__ Shrink(const ShrinkGateParams& p, typename Shape::Storage& storage, uint32_t rows)
+      : p_(p), storage_(storage), rows_(rows), first_row_(blockIdx.x * Shape::rows) {}
+
+  // The chunks `first ..` of the list, at most `Shape::chunks` of them and none from `end` on.
+  __device__ __forceinline__ void run(uint32_t first, uint32_t end) {
+    const bool used = any_row_uses(first, end);
+    if (used) {
+      multiply(first, end);
+      reduce(first, end);
+    } else {
+      write(first, end, [](uint32_t, uint32_t, float) { return make_uint4(0, 0, 0, 0); });
+    }
+  }
+
+ private:
+  // Gate times scale of a row for a chunk.
+  __device__ __forceinline__ float factor(uint32_t row, uint32_t chunk) const {
+    const RankChunk& c = p_.chunks[chunk];
+    return p_.gates[size_t(c.entry) * LORAMUX_ROW_TILE + row_in_tile(row)] * c.scale;
+  }
+
+  __device__ __forceinline__ uint32_t row_in_tile(uint32_t row) const { return first_row_ % LORAMUX_ROW_TILE + row; }
+
+  __device__ __forceinline__ bool any_row_uses(uint32_t first, uint32_t end) const {
+    bool used = false;
+    for (uint32_t i = threadIdx.x; i < Shape::rows * Shape::chunks; i += Shape::threads) {
+      const uint32_t row = i % Shape::rows, chunk = first + i / Shape::rows;
+      if (chunk < end && first_row_ + row < rows_) used |= factor(row, chunk) != 0.0f;
+    }
+    return __syncthreads_or(used);
+  }
+
+  // Leaves each warp's sums in shared memory.
+  __device__ __forceinline__ void multiply(uint32_t first, uint32_t end) {
+    const uint32_t warp = threadIdx.x / 32, step = warp % block_steps, row = warp / block_steps * Shape::row_blocks * 16;
+    constexpr uint32_t values = Shape::blocks * LORAMUX_K_BLOCK;
+    const uint32_t stages = (p_.in_features + values - 1) / values;
+    find_ranks(first, end);
+    typename Shape::Sums sums;
+    sums.clear();
+#pragma unroll 1
+    for (uint32_t i = 0; i + 1 < Shape::stages; ++i) fill(i, i);
+#pragma unroll 1
+    for (uint32_t i = 0; i < stages; ++i) {
+      ptx::copy_async_wait<Shape::stages - 2>();
+      __syncthreads();
+      fill((i + Shape::stages - 1) % Shape::stages, i + Shape::stages - 1);
+#pragma unroll
+      for (uint32_t b = 0; b < Shape::blocks; ++b) {
+        typename Shape::Block& block = storage_.stage[i % Shape::stages][b];
+        sums.multiply(block.x, row, block.a, 0, step);
+      }
+    }
+    ptx::copy_async_wait<0>();
+    __syncthreads();
+    sums.store(&storage_.sums[step][row][0], Shape::sum_stride);
+    __syncthreads();
+  }
+
+  // Where in the arenas the ranks lie whose pieces this thread copies.
+  __device__ __forceinline__ void find_ranks(uint32_t first, uint32_t end) {
+#pragma unroll
+    for (uint32_t i = 0; i < rank_passes; ++i) {
+      const uint32_t rank = threadIdx.x / block_pieces + i * Shape::copied_rows;
+      const uint32_t chunk = first + rank / LORAMUX_RANK_CHUNK;
+      ranks_[i] = nullptr;
+      if (chunk >= end) continue;
+      const RankChunk& c = p_.chunks[chunk];
+      const size_t row = size_t(c.chunk) * LORAMUX_RANK_CHUNK + rank % LORAMUX_RANK_CHUNK;
+      ranks_[i] = p_.a[c.site] + row * p_.in_features;
+    }
+  }
+
+  // Starts to copy the K blocks of stage number `index` of the product; past its end only the group is closed.
+  __device__ __forceinline__ void fill(uint32_t place, uint32_t index) {
+    const uint32_t piece = threadIdx.x % block_pieces;
+#pragma unroll
+    for (uint32_t b = 0; b < Shape::blocks; ++b) {
+      typename Shape::Block& block = storage_.stage[place][b];
+      const uint32_t k = (index * Shape::blocks + b) * LORAMUX_K_BLOCK + piece * piece_values;
+      const bool inside = k < p_.in_features;
+#pragma unroll
+      for (uint32_t i = 0; i < Shape::rows / Shape::copied_rows; ++i) {
+        const uint32_t row = threadIdx.x / block_pieces + i * Shape::copied_rows;
+        const bf16* from = p_.x + size_t(first_row_ + row) * p_.x_stride + k;
+        ptx::copy_async_16(block.x.piece(row, piece), from, inside && first_row_ + row < rows_);
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < rank_passes; ++i) {
+        const uint32_t rank = threadIdx.x / block_pieces + i * Shape::copied_rows;
+        ptx::copy_async_16(block.a.piece(rank, piece), ranks_[i] + k, inside && ranks_[i] != nullptr);
+      }
+    }
+    ptx::copy_async_commit();
+  }
+
+  __device__ __forceinline__ void reduce(uint32_t first, uint32_t end) {
+    write(first, end, [&](uint32_t row, uint32_t column, float factor) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) {
+        const float low = factor * sum(row, column + i * 2), high = factor * sum(row, column + i * 2 + 1);
+        pairs[i] = ptx::pack_bf16(low, high);
+      }
+      return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    });
+    // The next chunks fill the stages that the sums lie in.
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ float sum(uint32_t row, uint32_t column) const {
+    const auto& of = storage_.sums;
+    return ((of[0][row][column] + of[1][row][column]) + of[2][row][column]) + of[3][row][column];
+  }
+
+  // Writes V, eight ranks a thread at a time: `value(row, column, factor)` where the row uses the chunk, else zero,
+  // whatever the row holds.
+  template <class Value>
+  __device__ __forceinline__ void write(uint32_t first, uint32_t end, Value value) const {
+    constexpr uint32_t pieces = LORAMUX_RANK_CHUNK / piece_values;
+    for (uint32_t i = threadIdx.x; i < Shape::rows * Shape::chunks * pieces; i += Shape::threads) {
+      const uint32_t piece = i % pieces, row = i / pieces % Shape::rows, chunk = i / pieces / Shape::rows;
+      if (first + chunk >= end || first_row_ + row >= rows_) continue;
+      const float f = factor(row, first + chunk);
+      const size_t v_row = size_t(first + chunk) * LORAMUX_ROW_TILE + row_in_tile(row);
+      *reinterpret_cast<uint4*>(p_.v + v_row * LORAMUX_RANK_CHUNK + piece * piece_values) =
+          f == 0.0f ? make_uint4(0, 0, 0, 0)
+                    : value(row, chunk * LORAMUX_RANK_CHUNK + piece * piece_values, f);
+    }
+  }
+
+  static constexpr uint32_t rank_passes = Shape::ranks / Shape::copied_rows;
+  const ShrinkGateParams& p_;
+  typename Shape::Storage& storage_;
+  uint32_t rows_, first_row_;
+  const bf16* ranks_[rank_passes];
+};
+
+template <class Shape>
+__device__ __forceinline__ void shrink_gate(const ShrinkGateParams& p) {
+  ptx::allow_next_grid();
+  ptx::wait_for_previous_grid();
+  const uint32_t rows = *p.rows, first_row = blockIdx.x * Shape::rows;
+  if (first_row >= rows) return;
+  const uint32_t tile = first_row / LORAMUX_ROW_TILE;
+  const uint32_t begin = p.starts[tile * p.cells], end = p.starts[(tile + 1) * p.cells];
+  Shrink<Shape> shrink(p, shared_storage<typename Shape::Storage>(), rows);
+#pragma unroll 1
+  for (uint32_t first = begin + blockIdx.y * Shape::chunks; first < end; first += gridDim.y * Shape::chunks)
+    shrink.run(first, end);
+}
+
+// Few rows: a chunk for each thread block, as many bytes on their way as fit.
+using Rows16 = ShrinkShape<1, 1, 1, 4, 6>;
+// Many rows: X is read once for four chunks.
+using Rows64 = ShrinkShape<2, 2, 4, 1, 4>;
+
+static_assert(Rows16::rows == LORAMUX_SHRINK_16_ROWS && Rows16::chunks == LORAMUX_SHRINK_16_CHUNKS);
+static_assert(Rows16::threads == LORAMUX_SHRINK_16_THREADS);
+static_assert(sizeof(Rows16::Storage) == LORAMUX_SHRINK_16_SHARED_BYTES);
+static_assert(Rows64::rows == LORAMUX_SHRINK_64_ROWS && Rows64::chunks == LORAMUX_SHRINK_64_CHUNKS);
+static_assert(Rows64::threads == LORAMUX_SHRINK_64_THREADS);
+static_assert(sizeof(Rows64::Storage) == LORAMUX_SHRINK_64_SHARED_BYTES);
+
+}  // namespace
+
+KERNEL(shrink_gate_16, ShrinkGateParams, Rows16::threads, 2) { shrink_gate<Rows16>(p); }
+KERNEL(shrink_gate_64, ShrinkGateParams, Rows64::threads, 2) { shrink_gate<Rows64>(p); }

@@ -1,0 +1,84 @@
+// Tiles of a product: operands in shared memory, sums in registers.
+//
+// An operand tile holds `rows` rows of 64 values along K, 128 bytes each. Its 16-byte pieces are swizzled, piece c of
+// row r at place c ^ (r mod 8): the eight rows of one 8x8 matrix lie in different banks, and so do the eight pieces
+// of a row, so neither `ldmatrix` nor the copies that fill the tile meet a bank conflict.
+#pragma once
+#include <params.h>
+#include <ptx.cuh>
+
+// 16-byte pieces of a row of K block: eight bf16 values each.
+constexpr uint32_t piece_values = 8;
+constexpr uint32_t block_pieces = LORAMUX_K_BLOCK / piece_values;
+// Tensor core steps of a K block; a rank chunk is one step.
+constexpr uint32_t block_steps = LORAMUX_K_BLOCK / LORAMUX_RANK_CHUNK;
+
+template <uint32_t rows>
+struct alignas(1024) OperandTile {
+  unsigned char bytes[rows * LORAMUX_K_BLOCK * 2];
+
+  __device__ __forceinline__ void* piece(uint32_t row, uint32_t piece) {
+    return bytes + row * (LORAMUX_K_BLOCK * 2) + ((piece ^ (row % 8)) * 16);
+  }
+};
+
+// A warp's sums: `row_blocks` x `column_blocks` blocks of 16x8.
+template <uint32_t row_blocks, uint32_t column_blocks>
+struct WarpSums {
+  static_assert(column_blocks % 2 == 0, "one ldmatrix brings the columns of two blocks");
+  float at[row_blocks][column_blocks][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (uint32_t r = 0; r < row_blocks; ++r)
+#pragma unroll
+      for (uint32_t c = 0; c < column_blocks; ++c)
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i) at[r][c][i] = 0.0f;
+  }
+
+  __device__ __forceinline__ void add(const WarpSums& other) {
+#pragma unroll
+    for (uint32_t r = 0; r < row_blocks; ++r)
+#pragma unroll
+      for (uint32_t c = 0; c < column_blocks; ++c)
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i) at[r][c][i] += other.at[r][c][i];
+  }
+
+  // Adds X · Wᵀ over 16 values of K: rows from `row` of `x`, columns from `column` of `w`, step `step` of the block.
+  template <uint32_t x_rows, uint32_t w_rows>
+  __device__ __forceinline__ void multiply(OperandTile<x_rows>& x, uint32_t row, OperandTile<w_rows>& w,
+                                           uint32_t column, uint32_t step) {
+    const uint32_t lane = threadIdx.x % 32;
+    uint32_t a[row_blocks][4];
+#pragma unroll
+    for (uint32_t r = 0; r < row_blocks; ++r)
+      ptx::load_matrix_x4(a[r], x.piece(row + r * 16 + lane % 16, step * 2 + lane / 16));
+#pragma unroll
+    for (uint32_t c = 0; c < column_blocks; c += 2) {
+      uint32_t b[4];
+      ptx::load_matrix_x4(b, w.piece(column + c * 8 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+#pragma unroll
+      for (uint32_t r = 0; r < row_blocks; ++r) {
+        ptx::mma_16x8x16(at[r][c], a[r], b[0], b[1]);
+        ptx::mma_16x8x16(at[r][c + 1], a[r], b[2], b[3]);
+      }
+    }
+  }
+
+  // Leaves the sums in a row-major tile of `stride` floats a row, this warp's first sum at `tile`.
+  __device__ __forceinline__ void store(float* tile, uint32_t stride) const {
+    const uint32_t row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (uint32_t r = 0; r < row_blocks; ++r)
+#pragma unroll
+      for (uint32_t c = 0; c < column_blocks; ++c)
+#pragma unroll
+        for (uint32_t half = 0; half < 2; ++half) {
+          float2 pair = make_float2(at[r][c][half * 2], at[r][c][half * 2 + 1]);
+          float* to = tile + (r * 16 + half * 8 + row) * stride + c * 8 + column;
+          *reinterpret_cast<float2*>(to) = pair;
+        }
+  }
+};
