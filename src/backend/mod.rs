@@ -7,6 +7,8 @@
 //! bits are the same alone, in any batch and at any place in it.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod rows;
 
 use thiserror::Error;
