@@ -57,7 +57,9 @@ mod graph;
 #[expect(dead_code, reason = "see the next commit")]
 mod images;
 mod launch;
+pub mod lora;
 mod memory;
+mod params;
 mod stream;
 mod tensor_map;
 
