@@ -1,3 +1,4 @@
 //! The CUDA backend.
 
 mod images;
+pub mod params;
