@@ -189,3 +189,7 @@ struct GemmParams {
   uint32_t row_tiles;
   uint32_t reserved;
 };
+
+#if defined(__cplusplus) && !defined(LORAMUX_BINDGEN)
+#include "params_layout.h"
+#endif

@@ -57,6 +57,7 @@ mod graph;
 mod images;
 mod launch;
 mod memory;
+pub mod params;
 mod stream;
 mod tensor_map;
 

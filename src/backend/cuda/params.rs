@@ -1,0 +1,308 @@
+//! Parameters of the kernels. Generated from `kernels/params.h` by `scripts/generate-bindings.sh`.
+//!
+//! A `u64` is a device address. The comments give the shape and type of what is there.
+#![allow(dead_code, reason = "the kernels' own constants are here too")]
+#![allow(rustdoc::broken_intra_doc_links, reason = "shapes like [rows][width] are no links")]
+
+/// Ranks of a rank chunk: the tensor core's K step.
+pub const RANK_CHUNK: usize = 16;
+/// Rows that share a chunk list, and rows of a v block.
+pub const ROW_TILE: usize = 128;
+/// Most sites of a group (q, k, v).
+pub const MAX_SITES: usize = 4;
+/// Most K slices of a site group.
+pub const MAX_SLICES: usize = 8;
+/// K is cut into slices between blocks of this many elements.
+pub const K_BLOCK: usize = 64;
+/// Launch geometry. The kernels assert that it is theirs.
+pub const CHUNK_LISTS_THREADS: usize = 256;
+/// `shrink_gate_16`, for few rows: rows and rank chunks of a thread block.
+pub const SHRINK_16_ROWS: usize = 16;
+pub const SHRINK_16_CHUNKS: usize = 1;
+pub const SHRINK_16_THREADS: usize = 128;
+pub const SHRINK_16_SHARED_BYTES: usize = 98304;
+/// `shrink_gate_64`, for many rows.
+pub const SHRINK_64_ROWS: usize = 64;
+pub const SHRINK_64_CHUNKS: usize = 4;
+pub const SHRINK_64_THREADS: usize = 256;
+pub const SHRINK_64_SHARED_BYTES: usize = 73728;
+/// `gemm_rank_ext_*`: tiles of ROW_TILE rows.
+pub const GEMM_COLUMNS: usize = 128;
+pub const GEMM_THREADS: usize = 256;
+pub const GEMM_SHARED_BYTES: usize = 98304;
+/// `gemm_decode_*`, for at most 16, 32 or 64 rows.
+pub const DECODE_COLUMNS: usize = 64;
+pub const DECODE_THREADS: usize = 128;
+pub const DECODE_16_SHARED_BYTES: usize = 81920;
+pub const DECODE_32_SHARED_BYTES: usize = 98304;
+pub const DECODE_64_SHARED_BYTES: usize = 98304;
+
+/// A rank chunk in use by a row tile. Its index in the chunk list is also its v block: where `shrink_gate` leaves and
+/// the products find V[row] = gate · scale · (x · A_chunkᵀ).
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RankChunk {
+    /// Chunk of the site's arenas: A is [chunk][16][in], B is [chunk][out][16].
+    pub chunk: u32,
+    /// Row of the gates [entry][ROW_TILE]: which expert of the tile this chunk belongs to.
+    pub entry: u32,
+    /// Site of the group.
+    pub site: u32,
+    /// The adapter's scale: alpha / r, or alpha / √r.
+    pub scale: f32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RankChunk"][::std::mem::size_of::<RankChunk>() - 16usize];
+    ["Alignment of RankChunk"][::std::mem::align_of::<RankChunk>() - 4usize];
+    ["Offset of field: RankChunk::chunk"][::std::mem::offset_of!(RankChunk, chunk) - 0usize];
+    ["Offset of field: RankChunk::entry"][::std::mem::offset_of!(RankChunk, entry) - 4usize];
+    ["Offset of field: RankChunk::site"][::std::mem::offset_of!(RankChunk, site) - 8usize];
+    ["Offset of field: RankChunk::scale"][::std::mem::offset_of!(RankChunk, scale) - 12usize];
+};
+
+/// What a site knows of the expert in a slot. Its chunk ids are `chunk_ids[slot · chunks_per_slot + j]`, j < count.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct SlotChunks {
+    /// Rank chunks of this expert at this site; 0 where the site is no target or the slot is empty.
+    pub count: u32,
+    /// Chunk j extends K slice (phase + j) mod slices. A property of the adapter's content, so that neither its slot
+    /// nor its neighbours decide in which order a row is summed.
+    pub phase: u32,
+    pub scale: f32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SlotChunks"][::std::mem::size_of::<SlotChunks>() - 12usize];
+    ["Alignment of SlotChunks"][::std::mem::align_of::<SlotChunks>() - 4usize];
+    ["Offset of field: SlotChunks::count"][::std::mem::offset_of!(SlotChunks, count) - 0usize];
+    ["Offset of field: SlotChunks::phase"][::std::mem::offset_of!(SlotChunks, phase) - 4usize];
+    ["Offset of field: SlotChunks::scale"][::std::mem::offset_of!(SlotChunks, scale) - 8usize];
+};
+
+/// Where one site's chunks are looked up.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct ChunkListSite {
+    /// [slots]
+    pub slots: u64,
+    /// [slots][chunks_per_slot]
+    pub chunk_ids: u64,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ChunkListSite"][::std::mem::size_of::<ChunkListSite>() - 16usize];
+    ["Alignment of ChunkListSite"][::std::mem::align_of::<ChunkListSite>() - 8usize];
+    ["Offset of field: ChunkListSite::slots"][::std::mem::offset_of!(ChunkListSite, slots) - 0usize];
+    ["Offset of field: ChunkListSite::chunk_ids"][::std::mem::offset_of!(ChunkListSite, chunk_ids) - 8usize];
+};
+
+/// A site group's chunk list: what to build it from and where to.
+///
+/// A cell is (row tile, K slice, site), in this order; `starts[cell] .. starts[cell + 1]` are its chunks.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct ChunkListGroup {
+    pub site: [ChunkListSite; 4usize],
+    /// [tiles · sites · slices + 1]
+    pub starts: u64,
+    /// [capacity]
+    pub chunks: u64,
+    pub sites: u32,
+    pub slices: u32,
+    pub capacity: u32,
+    /// Slots' stride in `chunk_ids`.
+    pub chunks_per_slot: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ChunkListGroup"][::std::mem::size_of::<ChunkListGroup>() - 96usize];
+    ["Alignment of ChunkListGroup"][::std::mem::align_of::<ChunkListGroup>() - 8usize];
+    ["Offset of field: ChunkListGroup::site"][::std::mem::offset_of!(ChunkListGroup, site) - 0usize];
+    ["Offset of field: ChunkListGroup::starts"][::std::mem::offset_of!(ChunkListGroup, starts) - 64usize];
+    ["Offset of field: ChunkListGroup::chunks"][::std::mem::offset_of!(ChunkListGroup, chunks) - 72usize];
+    ["Offset of field: ChunkListGroup::sites"][::std::mem::offset_of!(ChunkListGroup, sites) - 80usize];
+    ["Offset of field: ChunkListGroup::slices"][::std::mem::offset_of!(ChunkListGroup, slices) - 84usize];
+    ["Offset of field: ChunkListGroup::capacity"][::std::mem::offset_of!(ChunkListGroup, capacity) - 88usize];
+    ["Offset of field: ChunkListGroup::chunks_per_slot"]
+        [::std::mem::offset_of!(ChunkListGroup, chunks_per_slot) - 92usize];
+};
+
+/// `chunk_lists`: one thread block per site group.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct ChunkListParams {
+    /// [groups]
+    pub groups: u64,
+    /// [1]: rows of this step; on the device, so that one graph serves every step of its capacity.
+    pub rows: u64,
+    /// [tiles + 1]: tile t uses the experts of entries `tile_entries[t] .. tile_entries[t + 1]`.
+    pub tile_entries: u64,
+    /// [entries]: slots. A tile's entries ascend by the experts' order, the same in every step.
+    pub entry_slots: u64,
+    /// [1]: set to 1 when a list did not fit its capacity; such a list is cut off, never overrun.
+    pub overflow: u64,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ChunkListParams"][::std::mem::size_of::<ChunkListParams>() - 40usize];
+    ["Alignment of ChunkListParams"][::std::mem::align_of::<ChunkListParams>() - 8usize];
+    ["Offset of field: ChunkListParams::groups"][::std::mem::offset_of!(ChunkListParams, groups) - 0usize];
+    ["Offset of field: ChunkListParams::rows"][::std::mem::offset_of!(ChunkListParams, rows) - 8usize];
+    ["Offset of field: ChunkListParams::tile_entries"]
+        [::std::mem::offset_of!(ChunkListParams, tile_entries) - 16usize];
+    ["Offset of field: ChunkListParams::entry_slots"]
+        [::std::mem::offset_of!(ChunkListParams, entry_slots) - 24usize];
+    ["Offset of field: ChunkListParams::overflow"]
+        [::std::mem::offset_of!(ChunkListParams, overflow) - 32usize];
+};
+
+/// `shrink_gate_*`: V = gate · scale · (X · Aᵀ) for every chunk of a site group's list.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct ShrinkGateParams {
+    /// [rows][x_stride], in_features used.
+    pub x: u64,
+    /// [v blocks][ROW_TILE][16]
+    pub v: u64,
+    /// [entries][ROW_TILE]: 0 for rows that do not use the expert.
+    pub gates: u64,
+    pub chunks: u64,
+    pub starts: u64,
+    /// Arenas [chunk][16][in_features] of the group's sites.
+    pub a: [u64; 4usize],
+    /// [1]: rows of this step.
+    pub rows: u64,
+    pub in_features: u32,
+    pub x_stride: u32,
+    /// Cells of a row tile: slices · sites.
+    pub cells: u32,
+    pub reserved: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ShrinkGateParams"][::std::mem::size_of::<ShrinkGateParams>() - 96usize];
+    ["Alignment of ShrinkGateParams"][::std::mem::align_of::<ShrinkGateParams>() - 8usize];
+    ["Offset of field: ShrinkGateParams::x"][::std::mem::offset_of!(ShrinkGateParams, x) - 0usize];
+    ["Offset of field: ShrinkGateParams::v"][::std::mem::offset_of!(ShrinkGateParams, v) - 8usize];
+    ["Offset of field: ShrinkGateParams::gates"][::std::mem::offset_of!(ShrinkGateParams, gates) - 16usize];
+    ["Offset of field: ShrinkGateParams::chunks"][::std::mem::offset_of!(ShrinkGateParams, chunks) - 24usize];
+    ["Offset of field: ShrinkGateParams::starts"][::std::mem::offset_of!(ShrinkGateParams, starts) - 32usize];
+    ["Offset of field: ShrinkGateParams::a"][::std::mem::offset_of!(ShrinkGateParams, a) - 40usize];
+    ["Offset of field: ShrinkGateParams::rows"][::std::mem::offset_of!(ShrinkGateParams, rows) - 72usize];
+    ["Offset of field: ShrinkGateParams::in_features"]
+        [::std::mem::offset_of!(ShrinkGateParams, in_features) - 80usize];
+    ["Offset of field: ShrinkGateParams::x_stride"]
+        [::std::mem::offset_of!(ShrinkGateParams, x_stride) - 84usize];
+    ["Offset of field: ShrinkGateParams::cells"][::std::mem::offset_of!(ShrinkGateParams, cells) - 88usize];
+    ["Offset of field: ShrinkGateParams::reserved"]
+        [::std::mem::offset_of!(ShrinkGateParams, reserved) - 92usize];
+};
+
+/// One linear layer of a group.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct GemmSite {
+    /// [out_features][in_features]
+    pub weight: u64,
+    /// [out_features], or null.
+    pub bias: u64,
+    /// Arena [chunk][out_features][16].
+    pub b: u64,
+    pub out_features: u32,
+    /// Where the site's outputs start in a row of y.
+    pub y_column: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GemmSite"][::std::mem::size_of::<GemmSite>() - 32usize];
+    ["Alignment of GemmSite"][::std::mem::align_of::<GemmSite>() - 8usize];
+    ["Offset of field: GemmSite::weight"][::std::mem::offset_of!(GemmSite, weight) - 0usize];
+    ["Offset of field: GemmSite::bias"][::std::mem::offset_of!(GemmSite, bias) - 8usize];
+    ["Offset of field: GemmSite::b"][::std::mem::offset_of!(GemmSite, b) - 16usize];
+    ["Offset of field: GemmSite::out_features"][::std::mem::offset_of!(GemmSite, out_features) - 24usize];
+    ["Offset of field: GemmSite::y_column"][::std::mem::offset_of!(GemmSite, y_column) - 28usize];
+};
+
+#[repr(u32)]
+/// What becomes of a tile of sums.
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub enum Epilogue {
+    /// y = sum + bias
+    Store = 0,
+    /// y = residual + sum + bias
+    AddResidual = 1,
+    /// y = silu(site 0) ⊙ site 1, each with its bias
+    Swiglu = 2,
+}
+
+/// `gemm_rank_ext_*` and `gemm_decode_*`: Y = X · Wᵀ + bias + Σ_chunks V · Bᵀ, all sites of a group.
+///
+/// The sum of one output is defined by the group alone: K is cut into `slices` runs of K blocks; a slice is summed in
+/// fp32 over ascending k and then over its rank chunks in list order, from zero; slices are added in ascending order;
+/// bias and residual come last; the result is rounded to bf16 once. Both kernels keep to it, so a row's bits depend
+/// neither on the kernel nor on the other rows.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct GemmParams {
+    /// [rows][x_stride], in_features used.
+    pub x: u64,
+    /// [rows][y_stride]
+    pub y: u64,
+    /// [rows][y_stride], for ADD_RESIDUAL; may be y itself.
+    pub residual: u64,
+    /// [v blocks][ROW_TILE][16]
+    pub v: u64,
+    /// null for a group without adapters.
+    pub chunks: u64,
+    pub starts: u64,
+    /// `gemm_decode_*` with more than one slice: partial sums [column tiles][slices][rows of the tile][columns].
+    pub partials: u64,
+    /// [column tiles]: slices that have arrived; zero before the first launch and after every launch.
+    pub arrived: u64,
+    /// [1]: rows of this step.
+    pub rows: u64,
+    pub site: [GemmSite; 4usize],
+    pub sites: u32,
+    pub slices: u32,
+    pub in_features: u32,
+    pub x_stride: u32,
+    pub y_stride: u32,
+    /// enum Epilogue
+    pub epilogue: u32,
+    /// Row tiles that the grid of `gemm_rank_ext_*` covers.
+    pub row_tiles: u32,
+    pub reserved: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GemmParams"][::std::mem::size_of::<GemmParams>() - 232usize];
+    ["Alignment of GemmParams"][::std::mem::align_of::<GemmParams>() - 8usize];
+    ["Offset of field: GemmParams::x"][::std::mem::offset_of!(GemmParams, x) - 0usize];
+    ["Offset of field: GemmParams::y"][::std::mem::offset_of!(GemmParams, y) - 8usize];
+    ["Offset of field: GemmParams::residual"][::std::mem::offset_of!(GemmParams, residual) - 16usize];
+    ["Offset of field: GemmParams::v"][::std::mem::offset_of!(GemmParams, v) - 24usize];
+    ["Offset of field: GemmParams::chunks"][::std::mem::offset_of!(GemmParams, chunks) - 32usize];
+    ["Offset of field: GemmParams::starts"][::std::mem::offset_of!(GemmParams, starts) - 40usize];
+    ["Offset of field: GemmParams::partials"][::std::mem::offset_of!(GemmParams, partials) - 48usize];
+    ["Offset of field: GemmParams::arrived"][::std::mem::offset_of!(GemmParams, arrived) - 56usize];
+    ["Offset of field: GemmParams::rows"][::std::mem::offset_of!(GemmParams, rows) - 64usize];
+    ["Offset of field: GemmParams::site"][::std::mem::offset_of!(GemmParams, site) - 72usize];
+    ["Offset of field: GemmParams::sites"][::std::mem::offset_of!(GemmParams, sites) - 200usize];
+    ["Offset of field: GemmParams::slices"][::std::mem::offset_of!(GemmParams, slices) - 204usize];
+    ["Offset of field: GemmParams::in_features"][::std::mem::offset_of!(GemmParams, in_features) - 208usize];
+    ["Offset of field: GemmParams::x_stride"][::std::mem::offset_of!(GemmParams, x_stride) - 212usize];
+    ["Offset of field: GemmParams::y_stride"][::std::mem::offset_of!(GemmParams, y_stride) - 216usize];
+    ["Offset of field: GemmParams::epilogue"][::std::mem::offset_of!(GemmParams, epilogue) - 220usize];
+    ["Offset of field: GemmParams::row_tiles"][::std::mem::offset_of!(GemmParams, row_tiles) - 224usize];
+    ["Offset of field: GemmParams::reserved"][::std::mem::offset_of!(GemmParams, reserved) - 228usize];
+};
