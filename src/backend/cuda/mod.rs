@@ -54,7 +54,6 @@ mod device;
 mod error;
 mod event;
 mod graph;
-#[expect(dead_code, reason = "see the next commit")]
 mod images;
 mod launch;
 pub mod lora;
@@ -67,6 +66,7 @@ pub use device::{Device, Properties};
 pub use error::{CudaError, LOST_EXIT_CODE, ResultCode};
 pub use event::Event;
 pub use graph::Graph;
+pub use images::BUILT as KERNELS_BUILT;
 pub use launch::{Kernel, Launch};
 pub use memory::{Arena, DeviceBuffer, DeviceSlice, Pinned};
 pub use stream::Stream;
