@@ -71,8 +71,8 @@ pub enum Output {
 pub struct Group {
     pub in_features: usize,
     pub widths: Vec<usize>,
-    weights: Vec<Vec<bf16>>,
-    biases: Option<Vec<Vec<f32>>>,
+    pub weights: Vec<Vec<bf16>>,
+    pub biases: Option<Vec<Vec<f32>>>,
     pub experts: Vec<Expert>,
 }
 

@@ -174,12 +174,14 @@ fn a_row_has_the_same_bits_in_every_batch() {
     ] {
         let ranks: Vec<_> = (0..6).map(|_| widths.iter().map(|_| random.below(50)).collect()).collect();
         let group = Group::new(random, input, &widths, true, &ranks);
-        let gates = (0..150).map(|_| {
-            let count = random.below(4);
-            let first = random.below(6) as u32;
-            (0..count as u32).map(|i| ((first + i) % 6, random.number())).collect()
-        });
-        let batch = Batch::new(&mut random.clone(), &group, output, gates.collect());
+        let gates: Vec<_> = (0..150)
+            .map(|_| {
+                let count = random.below(4);
+                let first = random.below(6) as u32;
+                (0..count as u32).map(|i| ((first + i) % 6, random.number())).collect()
+            })
+            .collect();
+        let batch = Batch::new(random, &group, output, gates);
         let all = OnDevice::new(&group, in_order(6), batch.rows()).run(
             &group,
             &batch,
