@@ -74,13 +74,8 @@ pub struct TiledTensor<'a> {
 
 /// A tensor map as kernels take it: by value, at a 64-byte boundary.
 #[repr(C, align(64))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct TensorMap([u64; 16]);
-
-// SAFETY: numbers, and zeros are numbers.
-unsafe impl bytemuck::Zeroable for TensorMap {}
-// SAFETY: 128 bytes of numbers, so its alignment adds no padding.
-unsafe impl bytemuck::Pod for TensorMap {}
 
 impl TiledTensor<'_> {
     /// Encodes the map. Needs a driver, and a device that has the copy engine to use it on: compute capability 9.0.
