@@ -93,6 +93,12 @@ pub enum CudaError {
     /// The two sides of a copy have different lengths, in elements.
     #[error("{operation}: {from} elements into {into}")]
     Length { operation: &'static str, from: usize, into: usize },
+    /// Widths, strides or counts that do not fit each other.
+    #[error("{0}")]
+    Shape(String),
+    /// An adapter needs more rank chunks than a site has left.
+    #[error("no room for an adapter: {wanted} rank chunks wanted, {available} are free")]
+    OutOfChunks { wanted: usize, available: usize },
     #[error("tensor map: {0}")]
     TensorMap(String),
     #[error(

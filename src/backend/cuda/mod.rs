@@ -52,6 +52,7 @@ mod event;
 mod graph;
 mod images;
 mod launch;
+pub mod lora;
 mod memory;
 pub mod params;
 mod stream;
