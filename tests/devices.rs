@@ -1,0 +1,56 @@
+//! `loramux devices` and `--device`: what can run a model, and what is said of a device that cannot.
+
+mod common;
+
+use std::path::Path;
+
+use common::program::{Ran, command, finish};
+
+/// Runs the program where it sees no GPU.
+fn without_gpu(arguments: &[&str]) -> Ran {
+    let mut command = command(arguments);
+    command.env("CUDA_VISIBLE_DEVICES", "");
+    finish(command)
+}
+
+/// Why there is no GPU then.
+fn reason() -> &'static str {
+    if cfg!(not(feature = "cuda")) {
+        "this build is without CUDA: build again with the feature `cuda`"
+    } else if Path::new("/proc/driver/nvidia/version").exists() {
+        "the CUDA driver finds no device"
+    } else {
+        "no CUDA driver: libcuda is not installed or cannot be loaded"
+    }
+}
+
+#[test]
+fn devices_are_listed_and_a_missing_gpu_has_a_reason() {
+    let ran = without_gpu(&["devices"]);
+    assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""));
+    let lines: Vec<&str> = ran.stdout.lines().collect();
+    assert_eq!(lines.len(), 2, "{}", ran.stdout);
+    assert!(lines[0].starts_with("cpu      ") && lines[0].contains(" threads, "), "{}", ran.stdout);
+    assert_eq!(lines[1], format!("cuda     {}", reason()));
+}
+
+#[test]
+fn a_device_that_cannot_run_the_model_is_a_usage_error_before_anything_is_read() {
+    for (device, name) in [("cuda", "cuda:0"), ("cuda:3", "cuda:3")] {
+        let ran = without_gpu(&["demo", "--examples", "absent", "--device", device]);
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{}", ran.stderr);
+        let said = ran.stderr.strip_prefix(&format!("error: --device {name}: ")).expect(&ran.stderr);
+        let said = said.strip_suffix("; use `cpu` or `auto`\n").expect(said);
+        let with_driver =
+            said.starts_with("this build has no CUDA kernels: ") || said.starts_with("no CUDA device ");
+        assert!(said == reason() || with_driver && reason().contains("finds no device"), "{said}");
+    }
+    for device in ["auto", "cpu"] {
+        let ran = without_gpu(&["demo", "--examples", "absent", "--device", device]);
+        assert_eq!(ran.code, Some(2), "{}", ran.stderr);
+        assert!(ran.stderr.contains("absent"), "{}", ran.stderr);
+    }
+    let ran = without_gpu(&["demo", "--device", "cuda:x"]);
+    assert_eq!(ran.code, Some(2));
+    assert!(ran.stderr.contains("wanted auto, cpu, cuda or cuda:N"), "{}", ran.stderr);
+}
