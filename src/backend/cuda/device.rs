@@ -24,9 +24,11 @@ pub struct Properties {
     pub capability: (u32, u32),
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
+    /// Size of the L2 cache: what a benchmark must write between two timings.
     pub l2_bytes: usize,
     /// Most shared memory of a block, when its kernel [asks for it](Kernel::with_shared_memory).
     pub shared_bytes_per_block: u32,
+    /// Size of its memory.
     pub total_bytes: usize,
 }
 
@@ -155,6 +157,7 @@ impl Device {
         self.ordinal
     }
 
+    /// What it is.
     pub fn properties(&self) -> &Properties {
         &self.properties
     }

@@ -80,6 +80,7 @@ impl<T: Pod> DeviceBuffer<T> {
         self.len
     }
 
+    /// Whether it has no elements.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -130,6 +131,7 @@ impl<'a, T: Pod> DeviceSlice<'a, T> {
         self.len
     }
 
+    /// Whether it has no elements.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
