@@ -34,6 +34,52 @@ fn devices_are_listed_and_a_missing_gpu_has_a_reason() {
     assert_eq!(lines[1], format!("cuda     {}", reason()));
 }
 
+#[cfg(feature = "cuda")]
+#[test]
+fn a_gpu_is_listed_with_what_it_is_and_refused_for_what_is_missing() {
+    // Loaded first, the emulator is the driver of any program.
+    loramux_emulator::install();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let path = |line: &str| line.find('/').map(|start| line[start..].to_owned());
+    let emulator = maps.lines().filter_map(path).find(|path| path.ends_with("/libcuda.so")).unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = command(arguments);
+        command.env("LD_PRELOAD", &emulator);
+        finish(command)
+    };
+    let built = loramux::backend::cuda::KERNELS_BUILT;
+
+    let ran = run(&["devices"]);
+    assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""));
+    let lines: Vec<&str> = ran.stdout.lines().collect();
+    assert!(
+        lines[1].starts_with("cuda:0   loramux emulator, compute capability 9.0, 4 SMs, "),
+        "{}",
+        lines[1]
+    );
+    assert!(lines[1].ends_with(" free of 2.0 GiB"), "{}", lines[1]);
+    let missing =
+        ["cuda     this build has no CUDA kernels: install nvcc 13 (`scripts/get-nvcc.sh`) and build again"];
+    assert_eq!(&lines[2..], if built { &[][..] } else { &missing });
+
+    let ran = run(&["demo", "--device", "cuda:0"]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""));
+    let wanted = if built { "has CUDA kernels for LoRA layers only" } else { "has no CUDA kernels" };
+    assert!(
+        ran.stderr.starts_with(&format!("error: --device cuda:0: this build {wanted}")),
+        "{}",
+        ran.stderr
+    );
+    if built {
+        let ran = run(&["demo", "--device", "cuda:1"]);
+        assert!(
+            ran.stderr.contains("--device cuda:1: no CUDA device 1: the driver finds 1;"),
+            "{}",
+            ran.stderr
+        );
+    }
+}
+
 #[test]
 fn a_device_that_cannot_run_the_model_is_a_usage_error_before_anything_is_read() {
     for (device, name) in [("cuda", "cuda:0"), ("cuda:3", "cuda:3")] {
