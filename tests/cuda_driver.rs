@@ -319,7 +319,8 @@ fn a_capture_that_fails_leaves_a_stream_that_works() {
     works();
 
     // An error that nobody has passed on spoils the capture all the same.
-    let error = stream.capture(|| Ok(drop(stream.synchronize()))).unwrap_err();
+    let ignoring = || stream.synchronize().or(Ok(()));
+    let error = stream.capture(ignoring).unwrap_err();
     assert_eq!(error.to_string(), "ending a capture: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED (901)");
     works();
 
@@ -434,7 +435,11 @@ fn a_destructor_that_fails_is_not_heard_of_later() {
     let lists = Lists::new(&stream);
     let memory = buffer::<u8>(&stream, 1);
     // Freeing is not allowed within a capture.
-    let _ = stream.capture(|| Ok(drop(memory)));
+    let freeing = || {
+        drop(memory);
+        Ok(())
+    };
+    let _ = stream.capture(freeing);
     stream.upload(&[1, 2, 3], &lists.chunk_ids).unwrap();
     lists.launch(&stream, &LAUNCH).unwrap();
     assert_eq!(lists.listed(&stream), [1, 2, 3]);
@@ -446,12 +451,17 @@ fn a_kernel_that_faults_ends_the_process_with_exit_code_70() {
         let stream = device().stream().unwrap();
         let lists = Lists::new(&stream);
         let params = ChunkListParams { groups: 64, ..lists.params };
+        lists.launch(&stream, &LAUNCH).unwrap();
         // SAFETY: none: nothing is at address 64, which is what is tested.
         let launched = unsafe { stream.launch(&lists.kernel, &LAUNCH, &params) };
         let error = launched.and_then(|()| stream.synchronize()).unwrap_err();
         assert!(error.is_lost(), "{error}");
         // Nothing works from here on.
         assert!(stream.upload(&[1, 2, 3], &lists.chunk_ids).unwrap_err().is_lost());
+        assert_eq!(
+            stream.synchronize().unwrap_err().to_string(),
+            "waiting for a stream, last launched: chunk_lists: CUDA_ERROR_ILLEGAL_ADDRESS (700)"
+        );
         error.end_process_if_lost();
         unreachable!("the process goes on");
     }
