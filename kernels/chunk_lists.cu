@@ -71,7 +71,7 @@ class ChunkLists {
       uint32_t next = group_.starts[cell];
       for_entries(cell, [&](uint32_t entry, uint32_t slot, float scale, ChunksOfSlice chunks) {
         const uint32_t before = sum_before(chunks.count);
-        const uint32_t* ids = group_.site[site].chunk_ids + size_t(slot) * group_.chunks_per_slot;
+        const uint32_t* ids = group_.site[site].chunk_ids + slot * group_.site[site].chunks_per_slot;
         for (uint32_t i = 0; i < chunks.count && next + before + i < group_.capacity; ++i)
           group_.chunks[next + before + i] = {ids[chunks.first + i * group_.slices], entry, site, scale};
         next += __shfl_sync(~0u, before + chunks.count, 31);

@@ -77,6 +77,7 @@ struct ChunkListSite {
   DEVICE(const struct SlotChunks) slots;
   // [slots][chunks_per_slot]
   DEVICE(const uint32_t) chunk_ids;
+  uint64_t chunks_per_slot;
 };
 
 // A site group's chunk list: what to build it from and where to.
@@ -91,8 +92,7 @@ struct ChunkListGroup {
   uint32_t sites;
   uint32_t slices;
   uint32_t capacity;
-  // Slots' stride in `chunk_ids`.
-  uint32_t chunks_per_slot;
+  uint32_t reserved;
 };
 
 // `chunk_lists`: one thread block per site group.

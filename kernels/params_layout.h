@@ -14,20 +14,21 @@ static_assert(offsetof(SlotChunks, count) == 0, "SlotChunks::count");
 static_assert(offsetof(SlotChunks, phase) == 4, "SlotChunks::phase");
 static_assert(offsetof(SlotChunks, scale) == 8, "SlotChunks::scale");
 
-static_assert(sizeof(ChunkListSite) == 16, "ChunkListSite");
+static_assert(sizeof(ChunkListSite) == 24, "ChunkListSite");
 static_assert(alignof(ChunkListSite) == 8, "ChunkListSite");
 static_assert(offsetof(ChunkListSite, slots) == 0, "ChunkListSite::slots");
 static_assert(offsetof(ChunkListSite, chunk_ids) == 8, "ChunkListSite::chunk_ids");
+static_assert(offsetof(ChunkListSite, chunks_per_slot) == 16, "ChunkListSite::chunks_per_slot");
 
-static_assert(sizeof(ChunkListGroup) == 96, "ChunkListGroup");
+static_assert(sizeof(ChunkListGroup) == 128, "ChunkListGroup");
 static_assert(alignof(ChunkListGroup) == 8, "ChunkListGroup");
 static_assert(offsetof(ChunkListGroup, site) == 0, "ChunkListGroup::site");
-static_assert(offsetof(ChunkListGroup, starts) == 64, "ChunkListGroup::starts");
-static_assert(offsetof(ChunkListGroup, chunks) == 72, "ChunkListGroup::chunks");
-static_assert(offsetof(ChunkListGroup, sites) == 80, "ChunkListGroup::sites");
-static_assert(offsetof(ChunkListGroup, slices) == 84, "ChunkListGroup::slices");
-static_assert(offsetof(ChunkListGroup, capacity) == 88, "ChunkListGroup::capacity");
-static_assert(offsetof(ChunkListGroup, chunks_per_slot) == 92, "ChunkListGroup::chunks_per_slot");
+static_assert(offsetof(ChunkListGroup, starts) == 96, "ChunkListGroup::starts");
+static_assert(offsetof(ChunkListGroup, chunks) == 104, "ChunkListGroup::chunks");
+static_assert(offsetof(ChunkListGroup, sites) == 112, "ChunkListGroup::sites");
+static_assert(offsetof(ChunkListGroup, slices) == 116, "ChunkListGroup::slices");
+static_assert(offsetof(ChunkListGroup, capacity) == 120, "ChunkListGroup::capacity");
+static_assert(offsetof(ChunkListGroup, reserved) == 124, "ChunkListGroup::reserved");
 
 static_assert(sizeof(ChunkListParams) == 40, "ChunkListParams");
 static_assert(alignof(ChunkListParams) == 8, "ChunkListParams");

@@ -8,8 +8,7 @@
 
 pub mod cpu;
 #[cfg(feature = "cuda")]
-#[allow(dead_code)]
-mod cuda;
+pub mod cuda;
 mod rows;
 
 use thiserror::Error;

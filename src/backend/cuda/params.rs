@@ -91,14 +91,17 @@ pub struct ChunkListSite {
     pub slots: u64,
     /// [slots][chunks_per_slot]
     pub chunk_ids: u64,
+    pub chunks_per_slot: u64,
 }
 
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ChunkListSite"][::std::mem::size_of::<ChunkListSite>() - 16usize];
+    ["Size of ChunkListSite"][::std::mem::size_of::<ChunkListSite>() - 24usize];
     ["Alignment of ChunkListSite"][::std::mem::align_of::<ChunkListSite>() - 8usize];
     ["Offset of field: ChunkListSite::slots"][::std::mem::offset_of!(ChunkListSite, slots) - 0usize];
     ["Offset of field: ChunkListSite::chunk_ids"][::std::mem::offset_of!(ChunkListSite, chunk_ids) - 8usize];
+    ["Offset of field: ChunkListSite::chunks_per_slot"]
+        [::std::mem::offset_of!(ChunkListSite, chunks_per_slot) - 16usize];
 };
 
 /// A site group's chunk list: what to build it from and where to.
@@ -115,22 +118,22 @@ pub struct ChunkListGroup {
     pub sites: u32,
     pub slices: u32,
     pub capacity: u32,
-    /// Slots' stride in `chunk_ids`.
-    pub chunks_per_slot: u32,
+    pub reserved: u32,
 }
 
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ChunkListGroup"][::std::mem::size_of::<ChunkListGroup>() - 96usize];
+    ["Size of ChunkListGroup"][::std::mem::size_of::<ChunkListGroup>() - 128usize];
     ["Alignment of ChunkListGroup"][::std::mem::align_of::<ChunkListGroup>() - 8usize];
     ["Offset of field: ChunkListGroup::site"][::std::mem::offset_of!(ChunkListGroup, site) - 0usize];
-    ["Offset of field: ChunkListGroup::starts"][::std::mem::offset_of!(ChunkListGroup, starts) - 64usize];
-    ["Offset of field: ChunkListGroup::chunks"][::std::mem::offset_of!(ChunkListGroup, chunks) - 72usize];
-    ["Offset of field: ChunkListGroup::sites"][::std::mem::offset_of!(ChunkListGroup, sites) - 80usize];
-    ["Offset of field: ChunkListGroup::slices"][::std::mem::offset_of!(ChunkListGroup, slices) - 84usize];
-    ["Offset of field: ChunkListGroup::capacity"][::std::mem::offset_of!(ChunkListGroup, capacity) - 88usize];
-    ["Offset of field: ChunkListGroup::chunks_per_slot"]
-        [::std::mem::offset_of!(ChunkListGroup, chunks_per_slot) - 92usize];
+    ["Offset of field: ChunkListGroup::starts"][::std::mem::offset_of!(ChunkListGroup, starts) - 96usize];
+    ["Offset of field: ChunkListGroup::chunks"][::std::mem::offset_of!(ChunkListGroup, chunks) - 104usize];
+    ["Offset of field: ChunkListGroup::sites"][::std::mem::offset_of!(ChunkListGroup, sites) - 112usize];
+    ["Offset of field: ChunkListGroup::slices"][::std::mem::offset_of!(ChunkListGroup, slices) - 116usize];
+    ["Offset of field: ChunkListGroup::capacity"]
+        [::std::mem::offset_of!(ChunkListGroup, capacity) - 120usize];
+    ["Offset of field: ChunkListGroup::reserved"]
+        [::std::mem::offset_of!(ChunkListGroup, reserved) - 124usize];
 };
 
 /// `chunk_lists`: one thread block per site group.

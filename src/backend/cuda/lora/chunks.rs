@@ -1,0 +1,202 @@
+//! Adapter memory of one site: rank chunks that are handed out like the pages of a cache.
+
+use std::sync::Arc;
+
+use half::bf16;
+
+use super::super::params::{RANK_CHUNK, SlotChunks};
+use super::super::{CudaError, Device, DeviceBuffer, Stream};
+
+const CHUNK: usize = RANK_CHUNK as usize;
+
+/// A low-rank pair of one adapter at one site: `scale · B · A`.
+#[derive(Clone, Copy, Debug)]
+pub struct LowRank<'a> {
+    pub rank: usize,
+    /// `[rank, in_features]`
+    pub a: &'a [bf16],
+    /// `[out_features, rank]`
+    pub b: &'a [bf16],
+    /// alpha / r, or alpha / √r.
+    pub scale: f32,
+    /// Where this adapter stands among all others, in every sum: made from its content, so that it is the same in
+    /// every batch and every process. See [`WorkList`](super::WorkList).
+    pub order: u64,
+}
+
+/// The low-rank pairs of one site's experts, by slot.
+///
+/// A pair of rank r takes ⌈r / 16⌉ chunks, any that are free. Chunk c of A is `[16, in_features]`, chunk c of B
+/// `[out_features, 16]`; ranks beyond r are zeros.
+#[derive(Debug)]
+pub struct ChunkArena {
+    in_features: usize,
+    out_features: usize,
+    chunks_per_slot: usize,
+    a: DeviceBuffer<bf16>,
+    b: DeviceBuffer<bf16>,
+    slots: DeviceBuffer<SlotChunks>,
+    chunk_ids: DeviceBuffer<u32>,
+    /// What the device knows of each slot.
+    table: Vec<SlotChunks>,
+    /// Chunks of each slot.
+    held: Vec<Vec<u32>>,
+    free: Vec<u32>,
+}
+
+impl ChunkArena {
+    /// Room for `chunks` chunks in `slots` slots of at most `max_rank` ranks each, all empty.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`].
+    pub fn new(
+        stream: &Stream,
+        [in_features, out_features]: [usize; 2],
+        chunks: usize,
+        slots: usize,
+        max_rank: usize,
+    ) -> Result<Self, CudaError> {
+        let device: &Arc<Device> = stream.device();
+        let chunks_per_slot = max_rank.div_ceil(CHUNK);
+        let arena = Self {
+            in_features,
+            out_features,
+            chunks_per_slot,
+            a: DeviceBuffer::new(device, chunks * CHUNK * in_features, "rank chunks of A")?,
+            b: DeviceBuffer::new(device, chunks * CHUNK * out_features, "rank chunks of B")?,
+            slots: DeviceBuffer::new(device, slots, "slots of experts")?,
+            chunk_ids: DeviceBuffer::new(device, slots * chunks_per_slot, "chunks of slots")?,
+            table: vec![SlotChunks::default(); slots],
+            held: vec![Vec::new(); slots],
+            free: (0..chunks as u32).rev().collect(),
+        };
+        stream.upload(&arena.table, &arena.slots)?;
+        Ok(arena)
+    }
+
+    /// Makes `pair` the content of `slot`. Waits for the copies; work that uses the slot must be done.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`] for wrong lengths, a rank above the arena's bound or values that are not finite, and
+    /// [`CudaError::OutOfChunks`]; the slot is then what it was.
+    pub fn load(&mut self, stream: &Stream, slot: usize, pair: &LowRank<'_>) -> Result<(), CudaError> {
+        self.check(slot, pair)?;
+        let count = pair.rank.div_ceil(CHUNK);
+        if count > self.free.len() + self.held[slot].len() {
+            return Err(CudaError::OutOfChunks {
+                wanted: count,
+                available: self.free.len() + self.held[slot].len(),
+            });
+        }
+        self.unload(stream, slot)?;
+        let ids = self.free.split_off(self.free.len() - count);
+        let result = self.copy(stream, slot, pair, &ids);
+        match result {
+            Ok(()) => self.held[slot] = ids,
+            Err(_) => self.free.extend(ids),
+        }
+        result
+    }
+
+    /// Empties a slot. Rows that still name it use nothing.
+    pub fn unload(&mut self, stream: &Stream, slot: usize) -> Result<(), CudaError> {
+        self.set_slot(stream, slot, SlotChunks::default())?;
+        let chunks = std::mem::take(&mut self.held[slot]);
+        self.free.extend(chunks);
+        Ok(())
+    }
+
+    /// Chunks that no slot holds.
+    pub fn free_chunks(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Rank chunks of the expert in a slot; 0 where it is empty.
+    pub fn chunks_of(&self, slot: usize) -> usize {
+        self.held[slot].len()
+    }
+
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    pub(super) fn a(&self) -> u64 {
+        self.a.address()
+    }
+
+    pub(super) fn b(&self) -> u64 {
+        self.b.address()
+    }
+
+    pub(super) fn slots(&self) -> &DeviceBuffer<SlotChunks> {
+        &self.slots
+    }
+
+    pub(super) fn chunk_ids(&self) -> &DeviceBuffer<u32> {
+        &self.chunk_ids
+    }
+
+    pub(super) fn chunks_per_slot(&self) -> usize {
+        self.chunks_per_slot
+    }
+
+    fn check(&self, slot: usize, pair: &LowRank<'_>) -> Result<(), CudaError> {
+        let shape = |what: String| Err(CudaError::Shape(what));
+        if slot >= self.table.len() {
+            return shape(format!("slot {slot} of an arena with {}", self.table.len()));
+        }
+        if pair.rank.div_ceil(CHUNK) > self.chunks_per_slot {
+            return shape(format!("rank {}, at most {} fit a slot", pair.rank, self.chunks_per_slot * CHUNK));
+        }
+        let lengths = [
+            ("A [rank, in]", pair.a, self.in_features),
+            ("B [out, rank]", pair.b, self.out_features),
+        ];
+        for (name, values, width) in lengths {
+            if values.len() != pair.rank * width {
+                return shape(format!("{name} has {} values, wanted {} x {width}", values.len(), pair.rank));
+            }
+            // A zero gate hides a row from an expert's finite values only: NaN times zero is NaN.
+            if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+                return shape(format!("{name} has {} at {at}, not a finite value", values[at]));
+            }
+        }
+        if !pair.scale.is_finite() {
+            return shape(format!("scale {} is not finite", pair.scale));
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, stream: &Stream, slot: usize, pair: &LowRank<'_>, ids: &[u32]) -> Result<(), CudaError> {
+        let mut a = vec![bf16::ZERO; CHUNK * self.in_features];
+        let mut b = vec![bf16::ZERO; CHUNK * self.out_features];
+        for (j, &id) in ids.iter().enumerate() {
+            let ranks = j * CHUNK..pair.rank.min((j + 1) * CHUNK);
+            let count = ranks.len();
+            a.fill(bf16::ZERO);
+            a[..count * self.in_features]
+                .copy_from_slice(&pair.a[ranks.start * self.in_features..ranks.end * self.in_features]);
+            for (row, of_row) in b.chunks_exact_mut(CHUNK).zip(pair.b.chunks_exact(pair.rank)) {
+                row.fill(bf16::ZERO);
+                row[..count].copy_from_slice(&of_row[ranks.clone()]);
+            }
+            let id = id as usize;
+            stream.upload(&a, self.a.slice(id * a.len()..(id + 1) * a.len()))?;
+            stream.upload(&b, self.b.slice(id * b.len()..(id + 1) * b.len()))?;
+        }
+        let first = slot * self.chunks_per_slot;
+        stream.upload(ids, self.chunk_ids.slice(first..first + ids.len()))?;
+        let entry = SlotChunks { count: ids.len() as u32, phase: pair.order as u32, scale: pair.scale };
+        self.set_slot(stream, slot, entry)
+    }
+
+    fn set_slot(&mut self, stream: &Stream, slot: usize, entry: SlotChunks) -> Result<(), CudaError> {
+        stream.upload(&[entry], self.slots.slice(slot..=slot))?;
+        self.table[slot] = entry;
+        Ok(())
+    }
+}

@@ -1,0 +1,221 @@
+//! Site groups on the device, and the lists of rank chunks that their products walk over.
+
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
+
+use half::bf16;
+
+use super::super::params::{
+    CHUNK_LISTS_THREADS, ChunkListGroup, ChunkListParams, ChunkListSite, DECODE_COLUMNS, K_BLOCK, MAX_SITES,
+    MAX_SLICES, ROW_TILE, RankChunk,
+};
+use super::super::{CudaError, Device, DeviceBuffer, Launch, Stream};
+use super::{ChunkArena, LoraKernels, WorkList};
+
+/// Thread blocks that a decode product should at least have: about one for each multiprocessor of a large GPU.
+const THREAD_BLOCKS: usize = 128;
+
+/// K blocks that are worth a slice of their own.
+const BLOCKS_PER_SLICE: usize = 8;
+
+/// Into how many slices the K of a site group is cut: a property of its widths alone, and with it of every sum.
+///
+/// Each slice is summed from zero, and slices are added in ascending order. Groups with few outputs need slices to
+/// keep a whole GPU busy while few rows are decoded; groups with many outputs have one.
+pub fn k_slices(in_features: usize, out_features: impl IntoIterator<Item = usize>) -> usize {
+    let columns = DECODE_COLUMNS as usize;
+    let tiles: usize = out_features.into_iter().map(|width| width.div_ceil(columns)).sum();
+    let blocks = in_features.div_ceil(K_BLOCK as usize);
+    THREAD_BLOCKS.div_ceil(tiles.max(1)).min(blocks / BLOCKS_PER_SLICE).clamp(1, MAX_SLICES as usize)
+}
+
+/// One frozen linear layer and its experts.
+#[derive(Debug)]
+pub struct Site {
+    /// `[out_features, in_features]`
+    pub weight: DeviceBuffer<bf16>,
+    /// `[out_features]`
+    pub bias: Option<DeviceBuffer<f32>>,
+    pub chunks: ChunkArena,
+}
+
+/// Sites that read the same rows and run as one launch.
+#[derive(Debug)]
+pub struct SiteGroup {
+    sites: Vec<Site>,
+    slices: usize,
+    capacity: usize,
+    /// `[tiles · slices · sites + 1]`
+    starts: DeviceBuffer<u32>,
+    /// `[capacity]`
+    list: DeviceBuffer<RankChunk>,
+    max_rows: usize,
+}
+
+impl SiteGroup {
+    /// A group for steps of up to `max_rows` rows, whose tiles use up to `capacity` rank chunks together.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`] for no or too many sites, for sites of different inputs, and for widths that are no
+    /// multiples of 8.
+    pub fn new(
+        device: &Arc<Device>,
+        sites: Vec<Site>,
+        max_rows: usize,
+        capacity: usize,
+    ) -> Result<Self, CudaError> {
+        if !(1..=MAX_SITES as usize).contains(&sites.len()) {
+            return Err(CudaError::Shape(format!("a group of {} sites, wanted 1 to {MAX_SITES}", sites.len())));
+        }
+        let in_features = sites[0].chunks.in_features();
+        for site in &sites {
+            let [input, output] = [site.chunks.in_features(), site.chunks.out_features()];
+            if input != in_features || !input.is_multiple_of(8) || !output.is_multiple_of(8) || input * output == 0 {
+                return Err(CudaError::Shape(format!(
+                    "a site from {input} to {output} in a group from {in_features}: wanted the same input, and widths \
+                     in multiples of 8"
+                )));
+            }
+            if site.weight.len() != input * output {
+                return Err(CudaError::Length {
+                    operation: "weight of a site",
+                    from: site.weight.len(),
+                    into: input * output,
+                });
+            }
+            if let Some(bias) = &site.bias
+                && bias.len() != output
+            {
+                return Err(CudaError::Length { operation: "bias of a site", from: bias.len(), into: output });
+            }
+        }
+        let slices = k_slices(in_features, sites.iter().map(|site| site.chunks.out_features()));
+        let cells = max_rows.div_ceil(ROW_TILE as usize) * slices * sites.len();
+        Ok(Self {
+            starts: DeviceBuffer::new(device, cells + 1, "starts of a chunk list")?,
+            list: DeviceBuffer::new(device, capacity, "a chunk list")?,
+            sites,
+            slices,
+            capacity,
+            max_rows,
+        })
+    }
+
+    pub fn sites(&self) -> &[Site] {
+        &self.sites
+    }
+
+    pub fn sites_mut(&mut self) -> &mut [Site] {
+        &mut self.sites
+    }
+
+    pub fn in_features(&self) -> usize {
+        self.sites[0].chunks.in_features()
+    }
+
+    /// Outputs of all sites together.
+    pub fn out_features(&self) -> usize {
+        self.sites.iter().map(|site| site.chunks.out_features()).sum()
+    }
+
+    /// See [`k_slices`].
+    pub fn slices(&self) -> usize {
+        self.slices
+    }
+
+    /// Most rank chunks that the tiles of a step may use together.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    pub(super) fn max_rows(&self) -> usize {
+        self.max_rows
+    }
+
+    pub(super) fn starts(&self) -> &DeviceBuffer<u32> {
+        &self.starts
+    }
+
+    pub(super) fn list(&self) -> &DeviceBuffer<RankChunk> {
+        &self.list
+    }
+
+    fn description(&self) -> ChunkListGroup {
+        let mut group = ChunkListGroup {
+            starts: self.starts.address(),
+            chunks: self.list.address(),
+            sites: self.sites.len() as u32,
+            slices: self.slices as u32,
+            capacity: self.capacity as u32,
+            ..Zeroable::zeroed()
+        };
+        for (to, site) in group.site.iter_mut().zip(&self.sites) {
+            *to = ChunkListSite {
+                slots: site.chunks.slots().address(),
+                chunk_ids: site.chunks.chunk_ids().address(),
+                chunks_per_slot: site.chunks.chunks_per_slot() as u64,
+            };
+        }
+        group
+    }
+}
+
+/// The chunk lists of all groups of a model.
+#[derive(Debug)]
+pub struct ChunkLists {
+    groups: DeviceBuffer<ChunkListGroup>,
+    /// `[1]`: 1 once a list did not fit.
+    overflow: DeviceBuffer<u32>,
+    max_rows: usize,
+}
+
+impl ChunkLists {
+    /// Where the lists of `groups` are built. They must outlive it.
+    pub fn new(stream: &Stream, groups: &[&SiteGroup]) -> Result<Self, CudaError> {
+        let descriptions: Vec<_> = groups.iter().map(|group| group.description()).collect();
+        let lists = Self {
+            groups: DeviceBuffer::new(stream.device(), groups.len(), "site groups")?,
+            overflow: DeviceBuffer::new(stream.device(), 1, "a flag")?,
+            max_rows: groups.iter().map(|group| group.max_rows()).min().unwrap_or(0),
+        };
+        stream.upload(&descriptions, &lists.groups)?;
+        stream.upload(&[0], &lists.overflow)?;
+        Ok(lists)
+    }
+
+    /// Queues the launch that builds all lists of the step in `work`.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`] when the work list is for longer steps than a group.
+    pub fn build(&self, stream: &Stream, kernels: &LoraKernels, work: &WorkList) -> Result<(), CudaError> {
+        if work.max_rows() > self.max_rows {
+            return Err(CudaError::Shape(format!(
+                "a work list for {} rows with groups for {}",
+                work.max_rows(),
+                self.max_rows
+            )));
+        }
+        let params = ChunkListParams {
+            groups: self.groups.address(),
+            rows: work.rows_address(),
+            tile_entries: work.tile_entries_address(),
+            entry_slots: work.entry_slots_address(),
+            overflow: self.overflow.address(),
+        };
+        let launch = Launch::new([self.groups.len() as u32, 1, 1], CHUNK_LISTS_THREADS);
+        // SAFETY: the groups' own buffers, sized by the same numbers that the description tells the kernel.
+        unsafe { stream.launch(&kernels.chunk_lists, &launch, &params) }
+    }
+
+    /// Whether a list has not fitted its group's capacity since the last call; such a step's results are wrong. Waits
+    /// for the stream.
+    pub fn take_overflow(&self, stream: &Stream) -> Result<bool, CudaError> {
+        let mut flag = [0];
+        stream.download(&self.overflow, &mut flag)?;
+        if flag[0] != 0 {
+            stream.upload(&[0], &self.overflow)?;
+        }
+        Ok(flag[0] != 0)
+    }
+}

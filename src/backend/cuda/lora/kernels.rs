@@ -1,0 +1,367 @@
+//! Launches of the LoRA kernels, with every shape checked before it becomes an address.
+
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
+use half::bf16;
+
+use super::super::params::{
+    ADD_RESIDUAL, ChunkListParams, DECODE_16_SHARED_BYTES, DECODE_32_SHARED_BYTES, DECODE_64_SHARED_BYTES,
+    DECODE_COLUMNS, DECODE_THREADS, GEMM_COLUMNS, GEMM_SHARED_BYTES, GEMM_THREADS, GemmParams, GemmSite,
+    RANK_CHUNK, ROW_TILE, SHRINK_16_CHUNKS, SHRINK_16_ROWS, SHRINK_16_SHARED_BYTES, SHRINK_16_THREADS,
+    SHRINK_64_CHUNKS, SHRINK_64_ROWS, SHRINK_64_SHARED_BYTES, SHRINK_64_THREADS, STORE, SWIGLU,
+    ShrinkGateParams,
+};
+use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Kernel, Launch, Stream};
+use super::{SiteGroup, WorkList};
+
+/// Most rows of a decode product.
+const DECODE_ROWS: usize = 64;
+
+/// Thread blocks of `shrink_gate` that an SM holds.
+const SHRINK_BLOCKS: u32 = 2;
+
+/// Rows of activations `[rows, stride]`, of which the first elements are used.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    pub data: DeviceSlice<'a, bf16>,
+    /// Elements from row to row; a multiple of 8.
+    pub stride: usize,
+}
+
+impl Matrix<'_> {
+    fn check(&self, name: &str, rows: usize, width: usize) -> Result<(), CudaError> {
+        let wanted = if rows == 0 { 0 } else { (rows - 1) * self.stride + width };
+        if self.stride < width || !self.stride.is_multiple_of(8) || self.data.len() < wanted {
+            return Err(CudaError::Shape(format!(
+                "{name} of {} elements, {} a row, for {rows} rows of {width}: wanted at least that, and rows in \
+                 multiples of 8",
+                self.data.len(),
+                self.stride
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// What becomes of the sums of a product.
+#[derive(Clone, Copy)]
+pub enum Epilogue<'a> {
+    /// `y = sum + bias`
+    Store,
+    /// `y = residual + sum + bias`, both with the stride of y; the residual may be y.
+    AddResidual(DeviceSlice<'a, bf16>),
+    /// `y = silu(sum₀ + bias₀) ⊙ (sum₁ + bias₁)` for a group of two sites with equal outputs (Shazeer 2020).
+    SwiGlu,
+}
+
+/// Memory that one group's launches share with the next group's.
+#[derive(Debug)]
+pub struct Scratch {
+    /// `[capacity][128][16]`
+    v: DeviceBuffer<bf16>,
+    partials: DeviceBuffer<f32>,
+    arrived: DeviceBuffer<u32>,
+}
+
+impl Scratch {
+    /// Enough for each of `groups`, one after the other on one stream.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`].
+    pub fn new(stream: &Stream, groups: &[&SiteGroup]) -> Result<Self, CudaError> {
+        let device = stream.device();
+        let most = |of: &dyn Fn(&SiteGroup) -> usize| groups.iter().map(|group| of(group)).max().unwrap_or(0);
+        let v = most(&|group| group.capacity()) * (ROW_TILE * RANK_CHUNK) as usize;
+        let tiles = most(&|group| column_tiles(group, DECODE_COLUMNS, false));
+        let partials = most(&|group| match group.slices() {
+            1 => 0,
+            slices => column_tiles(group, DECODE_COLUMNS, false) * slices * DECODE_ROWS * DECODE_COLUMNS as usize,
+        });
+        let scratch = Self {
+            v: DeviceBuffer::new(device, v, "V")?,
+            partials: DeviceBuffer::new(device, partials, "partial sums")?,
+            arrived: DeviceBuffer::new(device, tiles, "counters of partial sums")?,
+        };
+        stream.upload(&vec![0; tiles], &scratch.arrived)?;
+        Ok(scratch)
+    }
+}
+
+/// What all launches of a step have in common.
+#[derive(Clone, Copy)]
+pub struct Step<'a> {
+    pub work: &'a WorkList,
+    /// Most rows that the launches are made for. The step's own number of rows is read on the device.
+    pub row_bound: usize,
+    pub scratch: &'a Scratch,
+    /// Lets each launch begin before the one before it in the stream has ended (programmatic dependent launch).
+    pub overlap: bool,
+}
+
+/// The LoRA kernels of a device.
+#[derive(Clone, Debug)]
+pub struct LoraKernels {
+    pub(super) chunk_lists: Kernel<ChunkListParams>,
+    shrink_gate_16: Kernel<ShrinkGateParams>,
+    shrink_gate_64: Kernel<ShrinkGateParams>,
+    gemm_rank_ext: Kernel<GemmParams>,
+    gemm_rank_ext_sliced: Kernel<GemmParams>,
+    gemm_decode: [Decode; 3],
+    multiprocessors: u32,
+}
+
+/// A decode kernel and its most rows.
+#[derive(Clone, Debug)]
+struct Decode {
+    rows: usize,
+    shared_bytes: u32,
+    kernel: Kernel<GemmParams>,
+}
+
+impl LoraKernels {
+    /// # Errors
+    /// [`CudaError::UnknownKernel`] when the device was opened without this build's kernels.
+    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let decode = |rows, shared_bytes| {
+            let kernel = device.kernel(&format!("gemm_decode_{rows}"))?.with_shared_memory(shared_bytes)?;
+            Ok::<_, CudaError>(Decode { rows, shared_bytes, kernel })
+        };
+        let gemm = |name| device.kernel(name)?.with_shared_memory(GEMM_SHARED_BYTES);
+        let shrink = |name, shared_bytes| device.kernel(name)?.with_shared_memory(shared_bytes);
+        Ok(Self {
+            chunk_lists: device.kernel("chunk_lists")?,
+            shrink_gate_16: shrink("shrink_gate_16", SHRINK_16_SHARED_BYTES)?,
+            shrink_gate_64: shrink("shrink_gate_64", SHRINK_64_SHARED_BYTES)?,
+            gemm_rank_ext: gemm("gemm_rank_ext")?,
+            gemm_rank_ext_sliced: gemm("gemm_rank_ext_sliced")?,
+            gemm_decode: [
+                decode(16, DECODE_16_SHARED_BYTES)?,
+                decode(32, DECODE_32_SHARED_BYTES)?,
+                decode(64, DECODE_64_SHARED_BYTES)?,
+            ],
+            multiprocessors: device.properties().multiprocessors,
+        })
+    }
+
+    /// `V = gate · scale · (X · Aᵀ)` for the group's chunks of this step, into the step's scratch memory.
+    ///
+    /// `x` is `[rows, in_features]`.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`].
+    pub fn shrink_gate(
+        &self,
+        stream: &Stream,
+        group: &SiteGroup,
+        x: Matrix<'_>,
+        step: &Step<'_>,
+    ) -> Result<(), CudaError> {
+        self.shrink(stream, group, x, step, step.row_bound <= DECODE_ROWS)
+    }
+
+    /// `Y = X · Wᵀ + bias + V · Bᵀ`, the sites' outputs side by side (for SwiGLU: one site's width).
+    ///
+    /// `x` is `[rows, in_features]`; V must have been left in the scratch memory by
+    /// [`shrink_gate`](Self::shrink_gate) for the same rows. The kernel is chosen by `step.row_bound`; it decides the
+    /// time, not the result.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`].
+    pub fn product(
+        &self,
+        stream: &Stream,
+        group: &SiteGroup,
+        x: Matrix<'_>,
+        y: Matrix<'_>,
+        epilogue: Epilogue<'_>,
+        step: &Step<'_>,
+    ) -> Result<(), CudaError> {
+        if step.row_bound <= DECODE_ROWS {
+            self.gemm_decode(stream, group, x, y, epilogue, step)
+        } else {
+            self.gemm_rank_ext(stream, group, x, y, epilogue, step)
+        }
+    }
+
+    /// [`product`](Self::product) by the kernel for up to 64 rows.
+    pub fn gemm_decode(
+        &self,
+        stream: &Stream,
+        group: &SiteGroup,
+        x: Matrix<'_>,
+        y: Matrix<'_>,
+        epilogue: Epilogue<'_>,
+        step: &Step<'_>,
+    ) -> Result<(), CudaError> {
+        let params = gemm_params(group, x, y, epilogue, step)?;
+        let Some(decode) = self.gemm_decode.iter().find(|decode| step.row_bound <= decode.rows) else {
+            return Err(CudaError::Shape(format!("{} rows to decode, at most {DECODE_ROWS}", step.row_bound)));
+        };
+        let tiles = column_tiles(group, DECODE_COLUMNS, matches!(epilogue, Epilogue::SwiGlu));
+        let launch = Launch {
+            shared_bytes: decode.shared_bytes,
+            overlap_previous: step.overlap,
+            ..Launch::new([tiles as u32, params.slices, 1], DECODE_THREADS)
+        };
+        if step.row_bound == 0 {
+            return Ok(());
+        }
+        // SAFETY: `gemm_params` has checked every extent that the kernel derives from the parameters.
+        unsafe { stream.launch(&decode.kernel, &launch, &params) }
+    }
+
+    /// [`product`](Self::product) by the kernel for many rows.
+    pub fn gemm_rank_ext(
+        &self,
+        stream: &Stream,
+        group: &SiteGroup,
+        x: Matrix<'_>,
+        y: Matrix<'_>,
+        epilogue: Epilogue<'_>,
+        step: &Step<'_>,
+    ) -> Result<(), CudaError> {
+        let params = gemm_params(group, x, y, epilogue, step)?;
+        let tiles = column_tiles(group, GEMM_COLUMNS, matches!(epilogue, Epilogue::SwiGlu));
+        let launch = Launch {
+            shared_bytes: GEMM_SHARED_BYTES,
+            overlap_previous: step.overlap,
+            ..Launch::new([params.row_tiles * tiles as u32, 1, 1], GEMM_THREADS)
+        };
+        if step.row_bound == 0 {
+            return Ok(());
+        }
+        let kernel = if params.slices == 1 { &self.gemm_rank_ext } else { &self.gemm_rank_ext_sliced };
+        // SAFETY: `gemm_params` has checked every extent that the kernel derives from the parameters.
+        unsafe { stream.launch(kernel, &launch, &params) }
+    }
+
+    /// [`shrink_gate`](Self::shrink_gate) by the kernel for few rows or for many.
+    pub fn shrink(
+        &self,
+        stream: &Stream,
+        group: &SiteGroup,
+        x: Matrix<'_>,
+        step: &Step<'_>,
+        few_rows: bool,
+    ) -> Result<(), CudaError> {
+        check_step(group, x, step)?;
+        if step.row_bound == 0 {
+            return Ok(());
+        }
+        let mut params = ShrinkGateParams {
+            x: x.data.address(),
+            v: step.scratch.v.address(),
+            gates: step.work.gates_address(),
+            chunks: group.list().address(),
+            starts: group.starts().address(),
+            rows: step.work.rows_address(),
+            in_features: group.in_features() as u32,
+            x_stride: x.stride as u32,
+            cells: (group.slices() * group.sites().len()) as u32,
+            ..Zeroable::zeroed()
+        };
+        for (a, site) in params.a.iter_mut().zip(group.sites()) {
+            *a = site.chunks.a();
+        }
+        let (kernel, rows, chunks, threads, shared_bytes) = if few_rows {
+            let bytes = SHRINK_16_SHARED_BYTES;
+            (&self.shrink_gate_16, SHRINK_16_ROWS, SHRINK_16_CHUNKS, SHRINK_16_THREADS, bytes)
+        } else {
+            let bytes = SHRINK_64_SHARED_BYTES;
+            (&self.shrink_gate_64, SHRINK_64_ROWS, SHRINK_64_CHUNKS, SHRINK_64_THREADS, bytes)
+        };
+        let parts = (step.row_bound as u32).div_ceil(rows);
+        // Thread blocks beside each other share a tile's chunks; as many as the device holds at once.
+        let beside = (SHRINK_BLOCKS * self.multiprocessors / parts)
+            .clamp(1, (group.capacity() as u32).div_ceil(chunks).max(1));
+        let launch = Launch {
+            shared_bytes,
+            overlap_previous: step.overlap,
+            ..Launch::new([parts, beside, 1], threads)
+        };
+        // SAFETY: X has been checked; V, lists and gates are sized by the group and the work list.
+        unsafe { stream.launch(kernel, &launch, &params) }
+    }
+}
+
+/// Tiles of `columns` columns that cover a group's outputs: no tile straddles sites, unless it pairs them.
+fn column_tiles(group: &SiteGroup, columns: u32, paired: bool) -> usize {
+    let columns = columns as usize;
+    if paired {
+        return group.sites()[0].chunks.out_features().div_ceil(columns / 2);
+    }
+    group.sites().iter().map(|site| site.chunks.out_features().div_ceil(columns)).sum()
+}
+
+fn check_step(group: &SiteGroup, x: Matrix<'_>, step: &Step<'_>) -> Result<(), CudaError> {
+    if step.row_bound > step.work.max_rows() || step.work.max_rows() > group.max_rows() {
+        return Err(CudaError::Shape(format!(
+            "a step of {} rows, with a work list for {} and a group for {}",
+            step.row_bound,
+            step.work.max_rows(),
+            group.max_rows()
+        )));
+    }
+    if step.scratch.v.len() < group.capacity() * (ROW_TILE * RANK_CHUNK) as usize {
+        return Err(CudaError::Shape("scratch memory that was made for smaller groups".to_owned()));
+    }
+    x.check("x", step.row_bound, group.in_features())
+}
+
+fn gemm_params(
+    group: &SiteGroup,
+    x: Matrix<'_>,
+    y: Matrix<'_>,
+    epilogue: Epilogue<'_>,
+    step: &Step<'_>,
+) -> Result<GemmParams, CudaError> {
+    check_step(group, x, step)?;
+    let widths: Vec<usize> = group.sites().iter().map(|site| site.chunks.out_features()).collect();
+    let width = match epilogue {
+        Epilogue::SwiGlu if widths.len() != 2 || widths[0] != widths[1] => {
+            return Err(CudaError::Shape(format!("SwiGLU of outputs {widths:?}, wanted two of equal width")));
+        }
+        Epilogue::SwiGlu => widths[0],
+        Epilogue::Store | Epilogue::AddResidual(_) => widths.iter().sum(),
+    };
+    y.check("y", step.row_bound, width)?;
+    let mut params = GemmParams {
+        x: x.data.address(),
+        y: y.data.address(),
+        v: step.scratch.v.address(),
+        chunks: group.list().address(),
+        starts: group.starts().address(),
+        partials: step.scratch.partials.address(),
+        arrived: step.scratch.arrived.address(),
+        rows: step.work.rows_address(),
+        sites: widths.len() as u32,
+        slices: group.slices() as u32,
+        in_features: group.in_features() as u32,
+        x_stride: x.stride as u32,
+        y_stride: y.stride as u32,
+        row_tiles: (step.row_bound as u32).div_ceil(ROW_TILE),
+        ..Zeroable::zeroed()
+    };
+    params.epilogue = match epilogue {
+        Epilogue::Store => STORE,
+        Epilogue::AddResidual(residual) => {
+            Matrix { data: residual, stride: y.stride }.check("the residual", step.row_bound, width)?;
+            params.residual = residual.address();
+            ADD_RESIDUAL
+        }
+        Epilogue::SwiGlu => SWIGLU,
+    };
+    let mut column = 0;
+    for (to, site) in params.site.iter_mut().zip(group.sites()) {
+        *to = GemmSite {
+            weight: site.weight.address(),
+            bias: site.bias.as_ref().map_or(0, DeviceBuffer::address),
+            b: site.chunks.b(),
+            out_features: site.chunks.out_features() as u32,
+            y_column: column,
+        };
+        column += site.chunks.out_features() as u32;
+    }
+    Ok(params)
+}

@@ -1,0 +1,28 @@
+//! The LoRA kernels: products of a site group in which the ranks of the rows' adapters are simply more K.
+//!
+//! ```text
+//! Y = [X | V] · [W | B]ᵀ + bias          V = gate · scale · (X · Aᵀ), zero where a row does not use the adapter
+//! ```
+//!
+//! An adapter's pair lies in the [`ChunkArena`] of each site, 16 ranks a chunk. Per step, a [`WorkList`] says which
+//! experts each tile of 128 rows uses and with which gates; [`ChunkLists`] turns it into a list of rank chunks for
+//! every [`SiteGroup`] of the model in one launch. From then on a group is two launches: [`LoraKernels::shrink_gate`]
+//! leaves V, [`LoraKernels::product`] leaves Y. Nothing here allocates or waits after construction, except loading an
+//! adapter; what a step needs beyond its launches is two copies from page-locked memory, so everything between them
+//! can be captured in one graph that serves every mix of adapters.
+//!
+//! # One sum, two kernels
+//!
+//! `gemm_decode` serves up to 64 rows, `gemm_rank_ext` any number. Both compute each output by the same sequence of
+//! additions, which [`k_slices`] and the adapter's `order` fix: a row's bits depend on neither the kernel, nor its
+//! place in the batch, nor the other rows.
+
+mod chunks;
+mod group;
+mod kernels;
+mod work_list;
+
+pub use chunks::{ChunkArena, LowRank};
+pub use group::{ChunkLists, Site, SiteGroup, k_slices};
+pub use kernels::{Epilogue, LoraKernels, Matrix, Scratch, Step};
+pub use work_list::WorkList;
