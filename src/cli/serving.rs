@@ -15,21 +15,47 @@ use crate::model::Base;
 pub(crate) enum Device {
     Auto,
     Cpu,
+    /// By the driver's number.
+    Cuda(usize),
 }
 
 impl FromStr for Device {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Device::Auto),
-            "cpu" => Ok(Device::Cpu),
-            _ if text == "cuda" || text.starts_with("cuda:") => {
-                Err("this build has no CUDA kernels; use `cpu` or `auto`".to_owned())
-            }
-            _ => Err("wanted auto, cpu or cuda:N".to_owned()),
+        let number =
+            |text: &str| text.parse().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
+        match (text, text.strip_prefix("cuda:").and_then(number)) {
+            ("auto", _) => Ok(Device::Auto),
+            ("cpu", _) => Ok(Device::Cpu),
+            ("cuda", _) => Ok(Device::Cuda(0)),
+            (_, Some(ordinal)) => Ok(Device::Cuda(ordinal)),
+            _ => Err("wanted auto, cpu, cuda or cuda:N".to_owned()),
         }
     }
+}
+
+/// What a build without the feature `cuda` says of CUDA devices.
+#[cfg(not(feature = "cuda"))]
+pub(crate) const WITHOUT_CUDA: &str = "this build is without CUDA: build again with the feature `cuda`";
+
+/// Why a model cannot run on this CUDA device: the first of what is missing.
+#[cfg(feature = "cuda")]
+fn why_not_cuda(ordinal: usize) -> String {
+    match crate::backend::cuda::Device::open(ordinal) {
+        Ok(_) => {
+            "this build has CUDA kernels for LoRA layers only; the rest of a model runs on the CPU".to_owned()
+        }
+        Err(error) => {
+            error.end_process_if_lost();
+            error.to_string()
+        }
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn why_not_cuda(_ordinal: usize) -> String {
+    WITHOUT_CUDA.to_owned()
 }
 
 /// An adapter to serve.
@@ -67,7 +93,7 @@ impl FromStr for LoraModules {
 /// Bounds and sizes of the engine.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct EngineArgs {
-    /// Where to run: auto, cpu or cuda:N
+    /// Where to run: auto, cpu, cuda or cuda:N
     #[arg(long, env = "LORAMUX_DEVICE", default_value = "auto", value_name = "DEVICE")]
     device: Device,
     /// Threads of the CPU backend [default: all cores]
@@ -97,10 +123,17 @@ pub(crate) struct EngineArgs {
 }
 
 impl EngineArgs {
-    pub fn options(&self) -> EngineOptions {
-        // `auto` is the CPU as long as it is the only backend.
-        let (Device::Auto | Device::Cpu) = self.device;
-        EngineOptions {
+    /// The options of an engine.
+    ///
+    /// # Errors
+    /// When the model cannot run where it is asked to.
+    pub fn options(&self) -> Result<EngineOptions, Failure> {
+        // `auto` is the CPU as long as no other backend runs a whole model.
+        if let Device::Cuda(ordinal) = self.device {
+            let reason = why_not_cuda(ordinal);
+            return Err(Failure::usage(format!("--device cuda:{ordinal}: {reason}; use `cpu` or `auto`")));
+        }
+        Ok(EngineOptions {
             threads: self.threads,
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
@@ -109,7 +142,7 @@ impl EngineArgs {
             max_lora_rank: self.max_lora_rank,
             kv_cache_bytes: self.kv_cache_memory_bytes,
             seed: self.seed,
-        }
+        })
     }
 }
 
@@ -138,6 +171,7 @@ pub(crate) struct FailedAdapter {
 impl ModelArgs {
     /// Opens the base and starts an engine with all adapters that can be loaded.
     pub fn start(&self, verbosity: Verbosity) -> Result<(Engine, Vec<FailedAdapter>), Failure> {
+        let options = self.engine.options()?;
         let base = Base::open(&self.model).map_err(Failure::usage)?;
         for name in base.checkpoint.unused() {
             if verbosity.details() {
@@ -145,7 +179,7 @@ impl ModelArgs {
             }
         }
         self.check_names(&base.name)?;
-        let engine = Engine::start(Arc::new(base), self.engine.options()).map_err(Failure::usage)?;
+        let engine = Engine::start(Arc::new(base), options).map_err(Failure::usage)?;
         let mut failed = Vec::new();
         for module in self.modules() {
             match engine.load_adapter(&module.name, &module.path) {
@@ -192,6 +226,23 @@ mod tests {
         let modules: LoraModules = text.parse()?;
         let pair = |module: LoraModule| (module.name, module.path.display().to_string());
         Ok(modules.0.into_iter().map(pair).collect())
+    }
+
+    #[test]
+    fn a_device_is_named_by_its_kind_and_number() {
+        for (text, device) in [
+            ("auto", Device::Auto),
+            ("cpu", Device::Cpu),
+            ("cuda", Device::Cuda(0)),
+            ("cuda:0", Device::Cuda(0)),
+            ("cuda:12", Device::Cuda(12)),
+        ] {
+            assert_eq!(text.parse(), Ok(device));
+        }
+        for bad in ["", "cuda:", "cuda:+1", "cuda:-1", "cuda:1 ", "cuda1", "CPU", "cuda:99999999999999999999"]
+        {
+            assert!(bad.parse::<Device>().unwrap_err().contains("cuda:N"), "{bad:?}");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
 
 use super::error::check;
-use super::{CudaError, Event, Kernel, Stream};
+use super::{CudaError, Event, Kernel, Stream, images};
 
 /// The first driver that runs what nvcc 13 makes, as the driver counts: 1000 · major + 10 · minor.
 const DRIVER_VERSION: u32 = 13_000;
@@ -80,14 +80,29 @@ impl Device {
         Ok(usize::try_from(count).unwrap_or(0))
     }
 
-    /// Opens a device and loads `images` into it, each a fat binary or cubin.
+    /// Opens a device with the kernels of this build.
     ///
-    /// Images without code for this device are passed over. No images at all are fine for memory and streams.
+    /// # Errors
+    /// As [`open_with_images`](Self::open_with_images), and [`CudaError::KernelsNotBuilt`] where there is a driver to
+    /// run kernels and this build has none.
+    pub fn open(ordinal: usize) -> Result<Arc<Self>, CudaError> {
+        Self::count()?;
+        if !images::BUILT {
+            return Err(CudaError::KernelsNotBuilt);
+        }
+        let images: Vec<_> = images::images().iter().map(|image| (image.name, image.bytes)).collect();
+        Self::open_with_images(ordinal, &images)
+    }
+
+    /// Opens a device and loads `images` into it: each a name to complain by, and a fat binary or cubin.
+    ///
+    /// Images without code for this device are passed over. No images at all are fine for memory and streams. Tests on
+    /// the emulator pass any bytes: its kernels are found without them.
     ///
     /// # Errors
     /// See [`Device::count`]; [`CudaError::NoSuchDevice`]; [`CudaError::DeviceTooOld`];
     /// [`CudaError::NoKernelsForDevice`] when no image has code for the device.
-    pub fn open_with_images(ordinal: usize, images: &[&[u8]]) -> Result<Arc<Self>, CudaError> {
+    pub fn open_with_images(ordinal: usize, images: &[(&str, &[u8])]) -> Result<Arc<Self>, CudaError> {
         let count = Self::count()?;
         if ordinal >= count {
             return Err(CudaError::NoSuchDevice { ordinal, count });
@@ -106,8 +121,8 @@ impl Device {
         check(result, || format!("making a context on device {ordinal}"))?;
         let mut device = Self { ordinal, handle, context, modules: Vec::new(), properties };
         device.bind()?;
-        for image in images {
-            device.load(image)?;
+        for (name, image) in images {
+            device.load(name, image)?;
         }
         if device.modules.is_empty() && !images.is_empty() {
             let Properties { name, capability, .. } = device.properties.clone();
@@ -116,14 +131,14 @@ impl Device {
         Ok(Arc::new(device))
     }
 
-    fn load(&mut self, image: &[u8]) -> Result<(), CudaError> {
+    fn load(&mut self, name: &str, image: &[u8]) -> Result<(), CudaError> {
         let mut module = ptr::null_mut();
         // SAFETY: an image says itself how long it is, and is only read during the call.
         let result = unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) };
         if result == CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU {
             return Ok(());
         }
-        check(result, || format!("loading kernels into device {}", self.ordinal))?;
+        check(result, || format!("loading the kernels of {name} into device {}", self.ordinal))?;
         self.modules.push(module);
         Ok(())
     }

@@ -5,6 +5,8 @@ use std::fmt;
 use cudarc::driver::sys::CUresult;
 use thiserror::Error;
 
+use super::images;
+
 /// Exit code of a process whose GPU is lost.
 pub const LOST_EXIT_CODE: u8 = 70;
 
@@ -78,10 +80,7 @@ pub enum CudaError {
     )]
     DeviceTooOld { name: String, capability: (u32, u32) },
     /// A build without nvcc.
-    #[error(
-        "this build has no CUDA kernels: nvcc was not found when it was built; install CUDA 13 (or set NVCC to its \
-         nvcc) and build again"
-    )]
+    #[error("{}", images::NOT_BUILT)]
     KernelsNotBuilt,
     /// No image of this build runs on this device.
     #[error("none of this build's kernels are for {name}, compute capability {}.{}", capability.0, capability.1)]
@@ -94,6 +93,12 @@ pub enum CudaError {
     /// The two sides of a copy have different lengths, in elements.
     #[error("{operation}: {from} elements into {into}")]
     Length { operation: &'static str, from: usize, into: usize },
+    /// Widths, strides or counts that do not fit each other.
+    #[error("{0}")]
+    Shape(String),
+    /// An adapter needs more rank chunks than a site has left.
+    #[error("no room for an adapter: {wanted} rank chunks wanted, {available} are free")]
+    OutOfChunks { wanted: usize, available: usize },
     #[error("tensor map: {0}")]
     TensorMap(String),
     #[error(

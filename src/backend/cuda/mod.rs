@@ -54,11 +54,11 @@ mod device;
 mod error;
 mod event;
 mod graph;
-#[expect(dead_code, reason = "see the next commit")]
 mod images;
 mod launch;
+pub mod lora;
 mod memory;
-pub mod params;
+mod params;
 mod stream;
 mod tensor_map;
 
@@ -66,6 +66,7 @@ pub use device::{Device, Properties};
 pub use error::{CudaError, LOST_EXIT_CODE, ResultCode};
 pub use event::Event;
 pub use graph::Graph;
+pub use images::BUILT as KERNELS_BUILT;
 pub use launch::{Kernel, Launch};
 pub use memory::{Arena, DeviceBuffer, DeviceSlice, Pinned};
 pub use stream::Stream;

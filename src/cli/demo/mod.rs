@@ -40,10 +40,11 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure> {
+    let options = args.engine.options()?;
     let folder = examples::find(args.examples.as_deref())?;
     let tasks = examples::read_tasks(&folder, args.limit)?;
     let base = Base::open(&folder.join(examples::BASE)).map_err(Failure::usage)?;
-    let engine = Engine::start(Arc::new(base), args.engine.options()).map_err(Failure::usage)?;
+    let engine = Engine::start(Arc::new(base), options).map_err(Failure::usage)?;
     for task in &tasks {
         engine.load_adapter(&task.name, &task.adapter).map_err(Failure::usage)?;
     }

@@ -4,10 +4,8 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use super::super::params::{RANK_CHUNK, SlotChunks};
+use super::super::params::{RANK_CHUNK as CHUNK, SlotChunks};
 use super::super::{CudaError, Device, DeviceBuffer, Stream};
-
-const CHUNK: usize = RANK_CHUNK as usize;
 
 /// A low-rank pair of one adapter at one site: `scale · B · A`.
 #[derive(Clone, Copy, Debug)]

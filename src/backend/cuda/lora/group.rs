@@ -24,10 +24,9 @@ const BLOCKS_PER_SLICE: usize = 8;
 /// Each slice is summed from zero, and slices are added in ascending order. Groups with few outputs need slices to
 /// keep a whole GPU busy while few rows are decoded; groups with many outputs have one.
 pub fn k_slices(in_features: usize, out_features: impl IntoIterator<Item = usize>) -> usize {
-    let columns = DECODE_COLUMNS as usize;
-    let tiles: usize = out_features.into_iter().map(|width| width.div_ceil(columns)).sum();
-    let blocks = in_features.div_ceil(K_BLOCK as usize);
-    THREAD_BLOCKS.div_ceil(tiles.max(1)).min(blocks / BLOCKS_PER_SLICE).clamp(1, MAX_SLICES as usize)
+    let tiles: usize = out_features.into_iter().map(|width| width.div_ceil(DECODE_COLUMNS)).sum();
+    let blocks = in_features.div_ceil(K_BLOCK);
+    THREAD_BLOCKS.div_ceil(tiles.max(1)).min(blocks / BLOCKS_PER_SLICE).clamp(1, MAX_SLICES)
 }
 
 /// One frozen linear layer and its experts.
@@ -65,7 +64,7 @@ impl SiteGroup {
         max_rows: usize,
         capacity: usize,
     ) -> Result<Self, CudaError> {
-        if !(1..=MAX_SITES as usize).contains(&sites.len()) {
+        if !(1..=MAX_SITES).contains(&sites.len()) {
             return Err(CudaError::Shape(format!("a group of {} sites, wanted 1 to {MAX_SITES}", sites.len())));
         }
         let in_features = sites[0].chunks.in_features();
@@ -91,7 +90,7 @@ impl SiteGroup {
             }
         }
         let slices = k_slices(in_features, sites.iter().map(|site| site.chunks.out_features()));
-        let cells = max_rows.div_ceil(ROW_TILE as usize) * slices * sites.len();
+        let cells = max_rows.div_ceil(ROW_TILE) * slices * sites.len();
         Ok(Self {
             starts: DeviceBuffer::new(device, cells + 1, "starts of a chunk list")?,
             list: DeviceBuffer::new(device, capacity, "a chunk list")?,
@@ -203,7 +202,7 @@ impl ChunkLists {
             entry_slots: work.entry_slots_address(),
             overflow: self.overflow.address(),
         };
-        let launch = Launch::new([self.groups.len() as u32, 1, 1], CHUNK_LISTS_THREADS);
+        let launch = Launch::new([self.groups.len() as u32, 1, 1], CHUNK_LISTS_THREADS as u32);
         // SAFETY: the groups' own buffers, sized by the same numbers that the description tells the kernel.
         unsafe { stream.launch(&kernels.chunk_lists, &launch, &params) }
     }

@@ -6,11 +6,10 @@ use bytemuck::Zeroable;
 use half::bf16;
 
 use super::super::params::{
-    ADD_RESIDUAL, ChunkListParams, DECODE_16_SHARED_BYTES, DECODE_32_SHARED_BYTES, DECODE_64_SHARED_BYTES,
+    self, ChunkListParams, DECODE_16_SHARED_BYTES, DECODE_32_SHARED_BYTES, DECODE_64_SHARED_BYTES,
     DECODE_COLUMNS, DECODE_THREADS, GEMM_COLUMNS, GEMM_SHARED_BYTES, GEMM_THREADS, GemmParams, GemmSite,
     RANK_CHUNK, ROW_TILE, SHRINK_16_CHUNKS, SHRINK_16_ROWS, SHRINK_16_SHARED_BYTES, SHRINK_16_THREADS,
-    SHRINK_64_CHUNKS, SHRINK_64_ROWS, SHRINK_64_SHARED_BYTES, SHRINK_64_THREADS, STORE, SWIGLU,
-    ShrinkGateParams,
+    SHRINK_64_CHUNKS, SHRINK_64_ROWS, SHRINK_64_SHARED_BYTES, SHRINK_64_THREADS, ShrinkGateParams,
 };
 use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Kernel, Launch, Stream};
 use super::{SiteGroup, WorkList};
@@ -19,7 +18,7 @@ use super::{SiteGroup, WorkList};
 const DECODE_ROWS: usize = 64;
 
 /// Thread blocks of `shrink_gate` that an SM holds.
-const SHRINK_BLOCKS: u32 = 2;
+const SHRINK_BLOCKS: usize = 2;
 
 /// Rows of activations `[rows, stride]`, of which the first elements are used.
 #[derive(Clone, Copy)]
@@ -72,11 +71,11 @@ impl Scratch {
     pub fn new(stream: &Stream, groups: &[&SiteGroup]) -> Result<Self, CudaError> {
         let device = stream.device();
         let most = |of: &dyn Fn(&SiteGroup) -> usize| groups.iter().map(|group| of(group)).max().unwrap_or(0);
-        let v = most(&|group| group.capacity()) * (ROW_TILE * RANK_CHUNK) as usize;
+        let v = most(&|group| group.capacity()) * ROW_TILE * RANK_CHUNK;
         let tiles = most(&|group| column_tiles(group, DECODE_COLUMNS, false));
         let partials = most(&|group| match group.slices() {
             1 => 0,
-            slices => column_tiles(group, DECODE_COLUMNS, false) * slices * DECODE_ROWS * DECODE_COLUMNS as usize,
+            slices => column_tiles(group, DECODE_COLUMNS, false) * slices * DECODE_ROWS * DECODE_COLUMNS,
         });
         let scratch = Self {
             v: DeviceBuffer::new(device, v, "V")?,
@@ -115,7 +114,7 @@ pub struct LoraKernels {
 #[derive(Clone, Debug)]
 struct Decode {
     rows: usize,
-    shared_bytes: u32,
+    shared_bytes: usize,
     kernel: Kernel<GemmParams>,
 }
 
@@ -124,11 +123,11 @@ impl LoraKernels {
     /// [`CudaError::UnknownKernel`] when the device was opened without this build's kernels.
     pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
         let decode = |rows, shared_bytes| {
-            let kernel = device.kernel(&format!("gemm_decode_{rows}"))?.with_shared_memory(shared_bytes)?;
+            let kernel = device.kernel(&format!("gemm_decode_{rows}"))?.with_shared_memory(shared_bytes as u32)?;
             Ok::<_, CudaError>(Decode { rows, shared_bytes, kernel })
         };
-        let gemm = |name| device.kernel(name)?.with_shared_memory(GEMM_SHARED_BYTES);
-        let shrink = |name, shared_bytes| device.kernel(name)?.with_shared_memory(shared_bytes);
+        let gemm = |name| device.kernel(name)?.with_shared_memory(GEMM_SHARED_BYTES as u32);
+        let shrink = |name, shared_bytes| device.kernel(name)?.with_shared_memory(shared_bytes as u32);
         Ok(Self {
             chunk_lists: device.kernel("chunk_lists")?,
             shrink_gate_16: shrink("shrink_gate_16", SHRINK_16_SHARED_BYTES)?,
@@ -200,9 +199,9 @@ impl LoraKernels {
         };
         let tiles = column_tiles(group, DECODE_COLUMNS, matches!(epilogue, Epilogue::SwiGlu));
         let launch = Launch {
-            shared_bytes: decode.shared_bytes,
+            shared_bytes: decode.shared_bytes as u32,
             overlap_previous: step.overlap,
-            ..Launch::new([tiles as u32, params.slices, 1], DECODE_THREADS)
+            ..Launch::new([tiles as u32, params.slices, 1], DECODE_THREADS as u32)
         };
         if step.row_bound == 0 {
             return Ok(());
@@ -224,9 +223,9 @@ impl LoraKernels {
         let params = gemm_params(group, x, y, epilogue, step)?;
         let tiles = column_tiles(group, GEMM_COLUMNS, matches!(epilogue, Epilogue::SwiGlu));
         let launch = Launch {
-            shared_bytes: GEMM_SHARED_BYTES,
+            shared_bytes: GEMM_SHARED_BYTES as u32,
             overlap_previous: step.overlap,
-            ..Launch::new([params.row_tiles * tiles as u32, 1, 1], GEMM_THREADS)
+            ..Launch::new([params.row_tiles * tiles as u32, 1, 1], GEMM_THREADS as u32)
         };
         if step.row_bound == 0 {
             return Ok(());
@@ -271,14 +270,14 @@ impl LoraKernels {
             let bytes = SHRINK_64_SHARED_BYTES;
             (&self.shrink_gate_64, SHRINK_64_ROWS, SHRINK_64_CHUNKS, SHRINK_64_THREADS, bytes)
         };
-        let parts = (step.row_bound as u32).div_ceil(rows);
+        let parts = step.row_bound.div_ceil(rows);
         // Thread blocks beside each other share a tile's chunks; as many as the device holds at once.
-        let beside = (SHRINK_BLOCKS * self.multiprocessors / parts)
-            .clamp(1, (group.capacity() as u32).div_ceil(chunks).max(1));
+        let most = group.capacity().div_ceil(chunks).max(1);
+        let beside = (SHRINK_BLOCKS * self.multiprocessors as usize / parts).clamp(1, most);
         let launch = Launch {
-            shared_bytes,
+            shared_bytes: shared_bytes as u32,
             overlap_previous: step.overlap,
-            ..Launch::new([parts, beside, 1], threads)
+            ..Launch::new([parts as u32, beside as u32, 1], threads as u32)
         };
         // SAFETY: X has been checked; V, lists and gates are sized by the group and the work list.
         unsafe { stream.launch(kernel, &launch, &params) }
@@ -286,8 +285,7 @@ impl LoraKernels {
 }
 
 /// Tiles of `columns` columns that cover a group's outputs: no tile straddles sites, unless it pairs them.
-fn column_tiles(group: &SiteGroup, columns: u32, paired: bool) -> usize {
-    let columns = columns as usize;
+fn column_tiles(group: &SiteGroup, columns: usize, paired: bool) -> usize {
     if paired {
         return group.sites()[0].chunks.out_features().div_ceil(columns / 2);
     }
@@ -303,7 +301,7 @@ fn check_step(group: &SiteGroup, x: Matrix<'_>, step: &Step<'_>) -> Result<(), C
             group.max_rows()
         )));
     }
-    if step.scratch.v.len() < group.capacity() * (ROW_TILE * RANK_CHUNK) as usize {
+    if step.scratch.v.len() < group.capacity() * ROW_TILE * RANK_CHUNK {
         return Err(CudaError::Shape("scratch memory that was made for smaller groups".to_owned()));
     }
     x.check("x", step.row_bound, group.in_features())
@@ -326,7 +324,7 @@ fn gemm_params(
         Epilogue::Store | Epilogue::AddResidual(_) => widths.iter().sum(),
     };
     y.check("y", step.row_bound, width)?;
-    let mut params = GemmParams {
+    let mut to = GemmParams {
         x: x.data.address(),
         y: y.data.address(),
         v: step.scratch.v.address(),
@@ -340,21 +338,21 @@ fn gemm_params(
         in_features: group.in_features() as u32,
         x_stride: x.stride as u32,
         y_stride: y.stride as u32,
-        row_tiles: (step.row_bound as u32).div_ceil(ROW_TILE),
+        row_tiles: step.row_bound.div_ceil(ROW_TILE) as u32,
         ..Zeroable::zeroed()
     };
-    params.epilogue = match epilogue {
-        Epilogue::Store => STORE,
+    to.epilogue = match epilogue {
+        Epilogue::Store => params::Epilogue::Store,
         Epilogue::AddResidual(residual) => {
             Matrix { data: residual, stride: y.stride }.check("the residual", step.row_bound, width)?;
-            params.residual = residual.address();
-            ADD_RESIDUAL
+            to.residual = residual.address();
+            params::Epilogue::AddResidual
         }
-        Epilogue::SwiGlu => SWIGLU,
-    };
+        Epilogue::SwiGlu => params::Epilogue::Swiglu,
+    } as u32;
     let mut column = 0;
-    for (to, site) in params.site.iter_mut().zip(group.sites()) {
-        *to = GemmSite {
+    for (of_site, site) in to.site.iter_mut().zip(group.sites()) {
+        *of_site = GemmSite {
             weight: site.weight.address(),
             bias: site.bias.as_ref().map_or(0, DeviceBuffer::address),
             b: site.chunks.b(),
@@ -363,5 +361,5 @@ fn gemm_params(
         };
         column += site.chunks.out_features() as u32;
     }
-    Ok(params)
+    Ok(to)
 }

@@ -2,11 +2,9 @@
 
 use std::sync::Arc;
 
-use super::super::params::ROW_TILE;
+use super::super::params::ROW_TILE as TILE;
 use super::super::{CudaError, Device, DeviceBuffer, Event, Pinned, Stream};
 use crate::backend::Gates;
-
-const TILE: usize = ROW_TILE as usize;
 
 /// Which experts each tile of 128 rows uses, and each row's gates for them.
 ///
