@@ -47,11 +47,6 @@ struct Block {
 
 Block block;
 
-std::string place(const std::source_location& where) {
-  const char* slash = strrchr(where.file_name(), '/');
-  return std::string(slash != nullptr ? slash + 1 : where.file_name()) + ":" + std::to_string(where.line());
-}
-
 std::string coordinates(uint3 v) {
   return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
 }
@@ -71,7 +66,7 @@ std::string describe_waits() {
     if (named[first] || one.exited || one.waits_for == nullptr) continue;
     const auto alike = [&](const Thread& other) {
       return !other.exited && other.waits_for == one.waits_for && other.lanes == one.lanes &&
-             place(other.where) == place(one.where);
+             describe_place(other.where) == describe_place(one.where);
     };
     text += "\n  threads ";
     for (unsigned i = first; i < block.thread_count; ++i) {
@@ -82,7 +77,7 @@ std::string describe_waits() {
       std::fill(named.begin() + i, named.begin() + last + 1, true);
       i = last;
     }
-    text += " wait at " + std::string(one.waits_for) + " (" + place(one.where) + ")";
+    text += " wait at " + std::string(one.waits_for) + " (" + describe_place(one.where) + ")";
     if (one.collective != nullptr) text += " for the lanes " + hexadecimal(one.lanes);
   }
   const unsigned exited = block.thread_count - block.live;
@@ -200,7 +195,7 @@ void meet(const Collective& collective, uint32_t lanes, void* operand, const std
   Warp& warp = *thread.warp;
   const uint32_t own = 1u << thread.lane;
   if ((lanes & own) == 0 || (lanes & ~warp.live) != 0) [[unlikely]] {
-    const std::string call = std::string(collective.name) + " (" + place(where) + ") for the lanes " + hexadecimal(lanes);
+    const std::string call = std::string(collective.name) + " (" + describe_place(where) + ") for the lanes " + hexadecimal(lanes);
     raise_fault(FaultCode::launch_failed,
                 (lanes & own) == 0 ? "calls " + call + ", which its own lane " + std::to_string(thread.lane) + " is not among"
                                    : "calls " + call + ", of which " + hexadecimal(lanes & ~warp.live) + " have exited");
@@ -221,7 +216,7 @@ void meet(const Collective& collective, uint32_t lanes, void* operand, const std
     for (uint32_t rest = lanes & ~own; rest != 0; rest &= rest - 1) {
       const Thread& other = warp.threads[__builtin_ctz(rest)];
       if (other.collective == &collective && other.lanes == lanes) continue;
-      raise_fault(FaultCode::launch_failed, "calls " + std::string(collective.name) + " (" + place(where) +
+      raise_fault(FaultCode::launch_failed, "calls " + std::string(collective.name) + " (" + describe_place(where) +
                                                 ") for the lanes " + hexadecimal(lanes) +
                                                 ", some of which wait elsewhere:" + describe_waits());
     }
@@ -239,7 +234,7 @@ unsigned meet_block(const char* name, bool predicate, const std::source_location
   // bar.sync is an instruction of the whole warp: lanes must not execute different ones.
   if (warp.barrier_place.line() != where.line() || warp.barrier_place.column() != where.column() ||
       strcmp(block.barrier_name, name) != 0) [[unlikely]] {
-    raise_fault(FaultCode::launch_failed, "is at " + std::string(name) + " (" + place(where) +
+    raise_fault(FaultCode::launch_failed, "is at " + std::string(name) + " (" + describe_place(where) +
                                               ") while others wait elsewhere:" + describe_waits());
   }
   ++block.arrived;
@@ -274,6 +269,11 @@ Fault run_grid(const Launch& launch) {
     block.fault = {FaultCode::illegal_address, "kernel " + std::string(launch.kernel->name) + ": " + damage};
   }
   return std::exchange(block.fault, {});
+}
+
+std::string describe_place(const std::source_location& where) {
+  const char* slash = strrchr(where.file_name(), '/');
+  return std::string(slash != nullptr ? slash + 1 : where.file_name()) + ":" + std::to_string(where.line());
 }
 
 std::string describe_running() {

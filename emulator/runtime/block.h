@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <source_location>
+#include <string>
 
 #include "include/vector_types.h"
 #include "runtime/async_copy.h"
@@ -72,6 +73,9 @@ Fault run_grid(const Launch& launch);
 
 // "kernel k, block (x, y, z), thread (x, y, z)": what runs.
 std::string describe_running();
+
+// "file.cu:12"
+std::string describe_place(const std::source_location& where);
 
 // Ends the launch that `running` is part of. For the signal handler, which has no fiber of its own.
 [[noreturn]] void abandon_launch(Fault fault);

@@ -68,7 +68,7 @@ Fault describe_access(const siginfo_t& info, const ucontext_t& context) {
   }
   // The kernel gives no address for these: vector instructions that demand alignment, and addresses no machine has.
   if (info.si_code == SI_KERNEL || info.si_signo == SIGBUS) {
-    return {FaultCode::misaligned_address, "access to a misaligned address"};
+    return {FaultCode::misaligned_address, "access to an address that is misaligned, or that no machine has"};
   }
   const Access access = access_of(context);
   char text[64];

@@ -1,6 +1,7 @@
 #include "runtime/tensor_core.h"
 
 #include <bit>
+#include <cstdio>
 #include <cstring>
 #include <string>
 
@@ -20,7 +21,7 @@ std::string pointer_text(const void* pointer) {
 void check_shared_16(const void* row, const char* instruction, const std::source_location& where) {
   const bool aligned = reinterpret_cast<uintptr_t>(row) % 16 == 0;
   if (aligned && shared_memory.contains(row, 16)) [[likely]] return;
-  const std::string call = std::string(instruction) + " (line " + std::to_string(where.line()) + ") at ";
+  const std::string call = std::string(instruction) + " (" + describe_place(where) + ") at ";
   if (shared_memory.contains(row, 16)) {
     raise_fault(FaultCode::misaligned_address, call + shared_memory.describe(row) + ", which is no multiple of 16");
   }
@@ -113,7 +114,7 @@ constexpr Collective load_matrix{"load_matrix_x4", combine_load_matrix};
 void copy_async_16(void* shared, const void* global, bool valid, const std::source_location& where) {
   check_shared_16(shared, "copy_async_16", where);
   if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    raise_fault(FaultCode::misaligned_address, "copy_async_16 (line " + std::to_string(where.line()) + ") from " +
+    raise_fault(FaultCode::misaligned_address, "copy_async_16 (" + describe_place(where) + ") from " +
                                                    pointer_text(global) + ", which is no multiple of 16");
   }
   running->copies.begin(shared, valid ? global : nullptr);
