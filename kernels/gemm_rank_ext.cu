@@ -1,6 +1,6 @@
 // Y = X · Wᵀ + bias + V · Bᵀ for many rows: tiles of 128 x 128, mma.m16n8k16, three stages of 32 KB.
 //
-// Grid: row tiles · column tiles in one dimension. Eight row tiles at a time walk along the columns, so that the
+// Grid: row tiles · column tiles in one dimension (`_split`: column tiles, K slices, row tiles). Eight row tiles at a time walk along the columns, so that the
 // thread blocks that run together read few distinct tiles of X and of W, and share them through L2.
 #include <rank_ext.cuh>
 
@@ -55,4 +55,6 @@ __device__ __forceinline__ void gemm_rank_ext(const GemmParams& p) {
 }  // namespace
 
 KERNEL(gemm_rank_ext, GemmParams, Shape::threads, 2) { gemm_rank_ext<false>(p); }
+// K in slices: one thread block for all of them, or one for each where there are few tiles.
 KERNEL(gemm_rank_ext_sliced, GemmParams, Shape::threads, 1) { gemm_rank_ext<true>(p); }
+KERNEL(gemm_rank_ext_split, GemmParams, Shape::threads, 2) { multiply_one_slice<Shape, false>(p); }

@@ -171,9 +171,9 @@ struct GemmParams {
   // null for a group without adapters.
   DEVICE(const struct RankChunk) chunks;
   DEVICE(const uint32_t) starts;
-  // `gemm_decode_*` with more than one slice: partial sums [column tiles][slices][rows of the tile][columns].
+  // Where slices are spread over thread blocks: partial sums [tiles][slices][rows of the tile][columns of the tile].
   DEVICE(float) partials;
-  // [column tiles]: slices that have arrived; zero before the first launch and after every launch.
+  // [tiles]: slices that have arrived; zero before the first launch and after every launch.
   DEVICE(uint32_t) arrived;
   // [1]: rows of this step.
   DEVICE(const uint32_t) rows;
@@ -185,7 +185,7 @@ struct GemmParams {
   uint32_t y_stride;
   // enum Epilogue
   uint32_t epilogue;
-  // Row tiles that the grid of `gemm_rank_ext_*` covers.
+  // Row tiles that the grid covers.
   uint32_t row_tiles;
   uint32_t reserved;
 };

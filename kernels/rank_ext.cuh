@@ -43,12 +43,12 @@ struct ProductShape {
 
 // Columns that a thread block computes: `columns` of one site, or for SwiGLU half as many of site 0 and of site 1.
 struct ColumnTile {
-  uint32_t index, site, first;
+  uint32_t site, first;
   bool paired;
 
   // Tile number `index` of the group; the host counts them the same way (`column_tiles`).
   __device__ __forceinline__ ColumnTile(const GemmParams& p, uint32_t index, uint32_t columns)
-      : index(index), site(0), first(index * columns), paired(p.epilogue == LORAMUX_SWIGLU) {
+      : site(0), first(index * columns), paired(p.epilogue == LORAMUX_SWIGLU) {
     if (paired) {
       first = index * (columns / 2);
       return;
@@ -345,5 +345,45 @@ __device__ __forceinline__ void finish(const GemmParams& p, const ColumnTile& ti
   __syncthreads();
   write_outputs<Shape>(p, tile, first_row, rows, [&](uint32_t row, uint32_t column) {
     return read_eight(storage.sums + row * Shape::sum_stride + column);
+  });
+}
+
+// A tile of outputs whose K slices are spread over thread blocks. Grid: (column tiles, K slices, row tiles).
+//
+// The slices' sums meet in global memory. The last block of a tile to arrive adds them in ascending order, the order
+// in which `gemm_rank_ext` adds them in registers.
+template <class Shape, bool stream_weights>
+__device__ __forceinline__ void multiply_one_slice(const GemmParams& p) {
+  auto& storage = shared_storage<typename Shape::Storage>();
+  ptx::allow_next_grid();
+  const ColumnTile tile(p, blockIdx.x, Shape::columns);
+  const uint32_t slice = blockIdx.y, row = blockIdx.z * Shape::rows;
+  Product<Shape, stream_weights> product(p, tile, row, storage, slice, slice + 1);
+  if (!product.has_rows()) return;
+
+  typename Shape::Sums sums;
+  product.multiply_slice(slice, sums);
+  product.drain();
+  if (p.slices == 1) {
+    finish<Shape>(p, tile, row, product.rows(), sums, storage);
+    return;
+  }
+
+  constexpr uint32_t tile_sums = Shape::rows * Shape::columns;
+  const uint32_t place = blockIdx.z * gridDim.x + blockIdx.x;
+  float* partials = p.partials + size_t(place) * p.slices * tile_sums;
+  sums.store(warp_corner<Shape>(partials + slice * tile_sums, Shape::columns), Shape::columns);
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    last = ptx::fetch_add_acquire_release(&p.arrived[place], 1) == p.slices - 1;
+    if (last) p.arrived[place] = 0;
+  }
+  if (!__syncthreads_or(last)) return;
+  write_outputs<Shape>(p, tile, row, product.rows(), [&](uint32_t row_of_tile, uint32_t column) {
+    Eight total = {};
+    for (uint32_t i = 0; i < p.slices; ++i)
+      add(total, read_eight(partials + i * tile_sums + row_of_tile * Shape::columns + column));
+    return total;
   });
 }

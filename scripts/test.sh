@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# Everything that must hold before a change is taken: style, lints, documentation, tests, benches, repository size.
+# Everything that must hold before a change is taken: style, lints, bindings, kernels, documentation, tests, benches,
+# repository size.
 #
-# Needs git, a Rust toolchain and a C linker. Installs what else it uses: rustfmt
-# and clippy through rustup, cargo-nextest from source. Nothing is skipped: what cannot run fails.
+# Needs git, a Rust toolchain, gcc with g++ and Python 3 with venv, but no GPU. Installs what else it uses: rustfmt and
+# clippy through rustup, cargo-nextest from source, nvcc, cuobjdump and libclang from PyPI. Nothing is skipped: what
+# cannot run fails.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 largest_file=$((10 * 1000 * 1000))
 largest_repository=$((25 * 1000 * 1000))
 timings=()
+
+# Kernels are judged as the compiler and for the architectures of this repository, whatever the shell prefers.
+unset NVCC LORAMUX_CUDA_ARCHS
 
 stage() {
     local name=$1 start=$SECONDS
@@ -30,6 +35,7 @@ install_tools() {
     need git "install it with the system's package manager"
     need cargo "install a Rust toolchain"
     need cc "install a C compiler: Rust links through it"
+    need g++ "install it with the system's package manager: nvcc reads C++ through it"
     if ! cargo fmt --version || ! cargo clippy --version; then
         need rustup "install rustfmt and clippy for this toolchain"
         rustup component add rustfmt clippy
@@ -79,16 +85,26 @@ check_repository() {
     return "$failed"
 }
 
+# The crate without nvcc keeps a target folder of its own: `cargo build` would start over after each change of mind.
+lint_without_nvcc() {
+    NVCC=none cargo clippy --locked --all-targets --target-dir "${CARGO_TARGET_DIR:-target}/without-nvcc" -- -D warnings
+}
+
 build_documentation() {
     RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps
 }
 
 stage "tools" install_tools
+stage "nvcc" scripts/get-nvcc.sh
 stage "repository" check_repository
 stage "format" cargo fmt --all --check
+stage "bindings" scripts/generate-bindings.sh --check
+stage "kernels" scripts/kernel-report.sh --check
 stage "lints" cargo clippy --locked --workspace --all-targets -- -D warnings
+stage "lints without the CUDA backend" cargo clippy --locked --all-targets --no-default-features -- -D warnings
+stage "lints without nvcc" lint_without_nvcc
 stage "documentation" build_documentation
-stage "tests" cargo nextest run --locked
+stage "tests" cargo nextest run --locked --workspace --exclude loramux-benches
 stage "documentation tests" cargo test --locked --doc
 stage "benches compile" cargo check --locked --package loramux-benches --benches
 

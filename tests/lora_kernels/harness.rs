@@ -4,7 +4,8 @@ use half::bf16;
 
 use loramux::backend::Gates;
 use loramux::backend::cuda::lora::{
-    ChunkArena, ChunkLists, Epilogue, LoraKernels, LowRank, Matrix, Scratch, Site, SiteGroup, Step, WorkList,
+    ChunkArena, ChunkLists, Epilogue, LoraKernels, LowRank, Matrix, ProductKernel, RankChunk, Scratch,
+    ShrinkKernel, Site, SiteGroup, Step, WorkList,
 };
 use loramux::backend::cuda::{DeviceBuffer, Stream};
 
@@ -41,16 +42,18 @@ impl Random {
 #[derive(Clone)]
 pub struct Pair {
     pub rank: usize,
-    a: Vec<bf16>,
-    b: Vec<bf16>,
+    /// `[rank, in_features]`
+    pub a: Vec<bf16>,
+    /// `[out_features, rank]`
+    pub b: Vec<bf16>,
 }
 
 /// An adapter over the sites of the group; none where a site is no target.
 #[derive(Clone)]
 pub struct Expert {
     pub pairs: Vec<Option<Pair>>,
-    scale: f32,
-    order: u64,
+    pub scale: f32,
+    pub order: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,14 +71,20 @@ pub enum Output {
 pub struct Group {
     pub in_features: usize,
     pub widths: Vec<usize>,
-    weights: Vec<Vec<bf16>>,
-    biases: Option<Vec<Vec<f32>>>,
+    pub weights: Vec<Vec<bf16>>,
+    pub biases: Option<Vec<Vec<f32>>>,
     pub experts: Vec<Expert>,
 }
 
 impl Group {
     /// `ranks[expert][site]`, 0 where the site is no target.
-    pub fn new(random: &mut Random, in_features: usize, widths: &[usize], bias: bool, ranks: &[Vec<usize>]) -> Self {
+    pub fn new(
+        random: &mut Random,
+        in_features: usize,
+        widths: &[usize],
+        bias: bool,
+        ranks: &[Vec<usize>],
+    ) -> Self {
         let size = 1.0 / (in_features as f32).sqrt();
         let experts = ranks.iter().map(|of_sites| Expert {
             pairs: of_sites
@@ -142,13 +151,13 @@ impl Batch {
     }
 }
 
-/// Which kernels compute a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Path {
-    /// `shrink_gate_16` and `gemm_decode_*`.
-    Decode,
-    /// `shrink_gate_64` and `gemm_rank_ext*`.
-    Large,
+/// A step's chunk list and V, read back.
+pub struct Lists {
+    /// `[tiles · slices · sites + 1]`
+    pub starts: Vec<u32>,
+    pub chunks: Vec<RankChunk>,
+    /// `[chunks][128][16]`
+    pub v: Vec<bf16>,
 }
 
 /// The kernels and a group on the device. Slots are given out in an order of their own.
@@ -167,7 +176,8 @@ impl OnDevice {
         let device = device();
         let stream = device.stream().expect("a stream");
         let slot_count = slots.iter().max().map_or(1, |&slot| slot as usize + 1);
-        let max_rank = group.experts.iter().flat_map(|expert| expert.pairs.iter().flatten().map(|pair| pair.rank));
+        let max_rank =
+            group.experts.iter().flat_map(|expert| expert.pairs.iter().flatten().map(|pair| pair.rank));
         let max_rank = max_rank.max().unwrap_or(16);
         let max_entries = (max_rows.div_ceil(128) * group.experts.len()).max(1);
         let mut capacity = 0;
@@ -177,7 +187,8 @@ impl OnDevice {
             let chunks: usize = pairs().flatten().map(|pair| pair.rank.div_ceil(16)).sum();
             capacity += chunks * max_rows.div_ceil(128);
             let features = [group.in_features, width];
-            let mut arena = ChunkArena::new(&stream, features, chunks, slot_count, max_rank).expect("an arena");
+            let mut arena =
+                ChunkArena::new(&stream, features, chunks, slot_count, max_rank).expect("an arena");
             for (&slot, (expert, pair)) in slots.iter().zip(group.experts.iter().zip(pairs())) {
                 let Some(Pair { rank, a, b }) = pair else { continue };
                 let pair = LowRank { rank: *rank, a, b, scale: expert.scale, order: expert.order };
@@ -206,17 +217,60 @@ impl OnDevice {
         self.group.slices()
     }
 
-    /// The whole path of a step: work list, chunk lists, shrink, product. Activations have padded rows.
-    pub fn run(&self, group: &Group, batch: &Batch, output: Output, path: Path) -> Vec<bf16> {
-        let device = self.stream.device();
-        let (input, width, rows) = (group.in_features, group.width(output), batch.rows());
+    /// The outputs of a step. Activations have padded rows.
+    pub fn run(&self, group: &Group, batch: &Batch, output: Output, kernel: ProductKernel) -> Vec<bf16> {
+        let (width, rows) = (group.width(output), batch.rows());
+        let stride = width + 16;
+        let residual = self.padded(&batch.residual, rows, width, stride);
+        let y = DeviceBuffer::new(self.stream.device(), rows * stride, "y").expect("memory");
+        let (epilogue, y) = match output {
+            Output::Store => (Epilogue::Store, &y),
+            Output::AddResidual => (Epilogue::AddResidual(residual.slice(..)), &y),
+            Output::AddInPlace => (Epilogue::AddResidual(residual.slice(..)), &residual),
+            Output::SwiGlu => (Epilogue::SwiGlu, &y),
+        };
+        let shrink = match kernel {
+            ProductKernel::Decode => ShrinkKernel::Rows16,
+            ProductKernel::RankExt | ProductKernel::RankExtSplit => ShrinkKernel::Rows64,
+        };
+        self.after_shrink(group, batch, shrink, |x, step| {
+            let to = Matrix { data: y.slice(..), stride };
+            let product = self.kernels.product_by(kernel, &self.stream, &self.group, x, to, epilogue, step);
+            product.expect("the product");
+        });
+        let mut padded = vec![bf16::ZERO; rows * stride];
+        self.stream.download(y, &mut padded).expect("the outputs");
+        padded.chunks_exact(stride).flat_map(|row| row[..width].to_vec()).collect()
+    }
+
+    /// What a step leaves for the products: the chunk list and V.
+    pub fn lists(&self, group: &Group, batch: &Batch, kernel: ShrinkKernel) -> Lists {
+        self.after_shrink(group, batch, kernel, |_, step| {
+            let (starts, chunks) = self.group.read_list(&self.stream).expect("the list");
+            let v = step.scratch.v();
+            let mut values = vec![bf16::ZERO; v.len()];
+            self.stream.download(v, &mut values).expect("V");
+            Lists { starts, chunks, v: values }
+        })
+    }
+
+    /// Runs `work` on the inputs of a step whose lists are built and whose V is there.
+    fn after_shrink<R>(
+        &self,
+        group: &Group,
+        batch: &Batch,
+        kernel: ShrinkKernel,
+        work_on: impl FnOnce(Matrix<'_>, &Step<'_>) -> R,
+    ) -> R {
+        let (device, rows) = (self.stream.device(), batch.rows());
         let mut work = WorkList::new(device, self.max_rows, self.max_entries).expect("a work list");
         let lists = ChunkLists::new(&self.stream, &[&self.group]).expect("lists");
         let scratch = Scratch::new(&self.stream, &[&self.group]).expect("scratch");
 
         let mut gates = Gates::default();
         for row in &batch.gates {
-            let entries: Vec<_> = row.iter().map(|&(expert, gate)| (self.slots[expert as usize], gate)).collect();
+            let entries: Vec<_> =
+                row.iter().map(|&(expert, gate)| (self.slots[expert as usize], gate)).collect();
             gates.push_rows(1, &entries);
         }
         let order_of = |slot| {
@@ -225,32 +279,15 @@ impl OnDevice {
         };
         work.set(&self.stream, &gates, order_of).expect("a work list");
 
-        let (x_stride, y_stride) = (input + 8, width + 16);
-        let x = self.padded(&batch.x, rows, input, x_stride);
-        let residual = self.padded(&batch.residual, rows, width, y_stride);
-        let y = DeviceBuffer::new(device, rows * y_stride, "y").expect("memory");
-        let (epilogue, y) = match output {
-            Output::Store => (Epilogue::Store, &y),
-            Output::AddResidual => (Epilogue::AddResidual(residual.slice(..)), &y),
-            Output::AddInPlace => (Epilogue::AddResidual(residual.slice(..)), &residual),
-            Output::SwiGlu => (Epilogue::SwiGlu, &y),
-        };
-        let x = Matrix { data: x.slice(..), stride: x_stride };
-        let to = Matrix { data: y.slice(..), stride: y_stride };
+        let stride = group.in_features + 8;
+        let x = self.padded(&batch.x, rows, group.in_features, stride);
+        let x = Matrix { data: x.slice(..), stride };
         let step = Step { work: &work, row_bound: rows, scratch: &scratch, overlap: true };
-
         lists.build(&self.stream, &self.kernels, &work).expect("chunk lists");
-        self.kernels.shrink(&self.stream, &self.group, x, &step, path == Path::Decode).expect("shrink_gate");
-        match path {
-            Path::Decode => self.kernels.gemm_decode(&self.stream, &self.group, x, to, epilogue, &step),
-            Path::Large => self.kernels.gemm_rank_ext(&self.stream, &self.group, x, to, epilogue, &step),
-        }
-        .expect("the product");
-        assert!(!lists.take_overflow(&self.stream).expect("the flag"));
-
-        let mut padded = vec![bf16::ZERO; rows * y_stride];
-        self.stream.download(y, &mut padded).expect("the outputs");
-        padded.chunks_exact(y_stride).flat_map(|row| row[..width].to_vec()).collect()
+        self.kernels.shrink_gate_by(kernel, &self.stream, &self.group, x, &step).expect("shrink_gate");
+        let result = work_on(x, &step);
+        assert!(!lists.take_overflow(&self.stream).expect("the flag"), "a list has overflowed");
+        result
     }
 
     /// Rows with something between them that must not be read.
@@ -262,78 +299,5 @@ impl OnDevice {
         let buffer = DeviceBuffer::new(self.stream.device(), padded.len(), "activations").expect("memory");
         self.stream.upload(&padded, &buffer).expect("a copy");
         buffer
-    }
-}
-
-/// An output and how far a correct kernel can be from it.
-struct Bound {
-    value: f64,
-    error: f64,
-}
-
-/// The sum of one output in f64, before its epilogue.
-fn sum(group: &Group, batch: &Batch, row: usize, site: usize, column: usize) -> Bound {
-    let input = group.in_features;
-    let f = |value: &bf16| f64::from(value.to_f32());
-    let dot = |a: &[bf16], b: &[bf16]| {
-        a.iter().zip(b).fold((0.0, 0.0), |(sum, size), (a, b)| (sum + f(a) * f(b), size + (f(a) * f(b)).abs()))
-    };
-    let x = &batch.x[row * input..(row + 1) * input];
-    let (mut value, mut size) = dot(x, &group.weights[site][column * input..(column + 1) * input]);
-    // V is rounded to bf16: half a unit in the last of 8 places, for each rank.
-    let mut rounding = 0.0;
-    for &(expert, gate) in &batch.gates[row] {
-        let expert = &group.experts[expert as usize];
-        let Some(Pair { rank, a, b }) = &expert.pairs[site] else { continue };
-        for r in 0..*rank {
-            let (product, product_size) = dot(x, &a[r * input..(r + 1) * input]);
-            let factor = f64::from(gate) * f64::from(expert.scale) * f(&b[column * rank + r]);
-            value += factor * product;
-            size += factor.abs() * product_size;
-            rounding += (factor * product).abs() / 512.0;
-        }
-    }
-    if let Some(biases) = &group.biases {
-        value += f64::from(biases[site][column]);
-    }
-    Bound { value, error: rounding + size * 2f64.powi(-20) }
-}
-
-/// Panics unless every output lies within the error that bf16 outputs, a bf16 V and fp32 sums explain.
-pub fn assert_close(group: &Group, batch: &Batch, output: Output, y: &[bf16]) {
-    let width = group.width(output);
-    assert_eq!(y.len(), batch.rows() * width);
-    for row in 0..batch.rows() {
-        let mut at = 0;
-        for (site, &columns) in group.widths.iter().enumerate() {
-            for column in 0..columns {
-                if output == Output::SwiGlu && site == 1 {
-                    continue;
-                }
-                let mut wanted = sum(group, batch, row, site, column);
-                match output {
-                    Output::Store => {}
-                    Output::AddResidual | Output::AddInPlace => {
-                        wanted.value += f64::from(batch.residual[row * width + at].to_f32());
-                    }
-                    Output::SwiGlu => {
-                        let up = sum(group, batch, row, 1, column);
-                        let sigmoid = 1.0 / (1.0 + (-wanted.value).exp());
-                        let silu = wanted.value * sigmoid;
-                        // silu's slope is at most 1.1.
-                        let error = 1.1 * wanted.error * (up.value.abs() + up.error) + silu.abs() * up.error;
-                        wanted = Bound { value: silu * up.value, error: error + (silu * up.value).abs() * 1e-6 };
-                    }
-                }
-                let error = wanted.error + (wanted.value.abs() + wanted.error) / 512.0;
-                let got = f64::from(y[row * width + at].to_f32());
-                assert!(
-                    (got - wanted.value).abs() <= error * 1.001 + 1e-9,
-                    "row {row}, site {site}, column {column}: {got}, wanted {} ± {error}",
-                    wanted.value
-                );
-                at += 1;
-            }
-        }
     }
 }

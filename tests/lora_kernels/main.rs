@@ -5,10 +5,14 @@
 #[path = "../common/cuda_device.rs"]
 mod cuda_device;
 mod harness;
+mod lists;
+mod reference;
 
 use cuda_device::under_thread_orders;
 use half::bf16;
-use harness::{Batch, Group, OnDevice, Output, Path, Random, assert_close};
+use harness::{Batch, Group, OnDevice, Output, Random};
+use loramux::backend::cuda::lora::ProductKernel;
+use reference::assert_close;
 
 const SEEDS: u64 = 3;
 
@@ -31,14 +35,19 @@ fn check(random: &mut Random, group: &Group, output: Output, gates: Vec<Vec<(u32
     let batch = Batch::new(random, group, output, gates);
     under_thread_orders(SEEDS, || {
         let on_device = OnDevice::new(group, in_order(group.experts.len()), batch.rows().max(1));
-        let large = on_device.run(group, &batch, output, Path::Large);
+        let large = on_device.run(group, &batch, output, ProductKernel::RankExt);
         assert_close(group, &batch, output, &large);
-        if batch.rows() <= 64 {
-            let decode = on_device.run(group, &batch, output, Path::Decode);
-            assert_close(group, &batch, output, &decode);
-            assert_eq!(bits(&decode), bits(&large), "the two kernels must agree to the bit");
+        for kernel in kernels_for(batch.rows()) {
+            let other = on_device.run(group, &batch, output, kernel);
+            assert_eq!(bits(&other), bits(&large), "{kernel:?} must agree with RankExt to the bit");
         }
     });
+}
+
+/// The kernels that a product of so many rows can take.
+fn kernels_for(rows: usize) -> Vec<ProductKernel> {
+    use ProductKernel::*;
+    if rows <= 64 { vec![Decode, RankExt, RankExtSplit] } else { vec![RankExt, RankExtSplit] }
 }
 
 fn bits(values: &[bf16]) -> Vec<u16> {
@@ -165,13 +174,20 @@ fn a_row_has_the_same_bits_in_every_batch() {
     ] {
         let ranks: Vec<_> = (0..6).map(|_| widths.iter().map(|_| random.below(50)).collect()).collect();
         let group = Group::new(random, input, &widths, true, &ranks);
-        let gates = (0..150).map(|_| {
-            let count = random.below(4);
-            let first = random.below(6) as u32;
-            (0..count as u32).map(|i| ((first + i) % 6, random.number())).collect()
-        });
-        let batch = Batch::new(&mut random.clone(), &group, output, gates.collect());
-        let all = OnDevice::new(&group, in_order(6), batch.rows()).run(&group, &batch, output, Path::Large);
+        let gates: Vec<_> = (0..150)
+            .map(|_| {
+                let count = random.below(4);
+                let first = random.below(6) as u32;
+                (0..count as u32).map(|i| ((first + i) % 6, random.number())).collect()
+            })
+            .collect();
+        let batch = Batch::new(random, &group, output, gates);
+        let all = OnDevice::new(&group, in_order(6), batch.rows()).run(
+            &group,
+            &batch,
+            output,
+            ProductKernel::RankExt,
+        );
         let width = group.width(output);
         for round in 0..6 {
             let count = [1, 2, 16, 33, 64, 140][round];
@@ -179,16 +195,13 @@ fn a_row_has_the_same_bits_in_every_batch() {
             let part = batch.pick(&group, output, &rows);
             let slots = vec![vec![5, 3, 4, 0, 2, 1], vec![9, 11, 2, 0, 7, 5]][round % 2].clone();
             let on_device = OnDevice::new(&group, slots, count);
-            for path in [Path::Decode, Path::Large] {
-                if path == Path::Decode && count > 64 {
-                    continue;
-                }
-                let got = on_device.run(&group, &part, output, path);
+            for kernel in kernels_for(count) {
+                let got = on_device.run(&group, &part, output, kernel);
                 for (i, &row) in rows.iter().enumerate() {
                     assert_eq!(
                         bits(&got[i * width..(i + 1) * width]),
                         bits(&all[row * width..(row + 1) * width]),
-                        "row {row} as row {i} of {count}, {path:?}"
+                        "row {row} as row {i} of {count}, {kernel:?}"
                     );
                 }
             }

@@ -24,9 +24,11 @@ pub struct Properties {
     pub capability: (u32, u32),
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
+    /// Size of the L2 cache: what a benchmark must write between two timings.
     pub l2_bytes: usize,
     /// Most shared memory of a block, when its kernel [asks for it](Kernel::with_shared_memory).
     pub shared_bytes_per_block: u32,
+    /// Size of its memory.
     pub total_bytes: usize,
 }
 
@@ -90,11 +92,10 @@ impl Device {
         if !images::BUILT {
             return Err(CudaError::KernelsNotBuilt);
         }
-        let images: Vec<_> = images::images().iter().map(|image| (image.name, image.bytes)).collect();
-        Self::open_with_images(ordinal, &images)
+        Self::open_with(ordinal, images::images().iter().map(|image| (image.name, image.bytes)))
     }
 
-    /// Opens a device and loads `images` into it: each a name to complain by, and a fat binary or cubin.
+    /// Opens a device and loads `images` into it, each a fat binary or cubin.
     ///
     /// Images without code for this device are passed over. No images at all are fine for memory and streams. Tests on
     /// the emulator pass any bytes: its kernels are found without them.
@@ -102,7 +103,14 @@ impl Device {
     /// # Errors
     /// See [`Device::count`]; [`CudaError::NoSuchDevice`]; [`CudaError::DeviceTooOld`];
     /// [`CudaError::NoKernelsForDevice`] when no image has code for the device.
-    pub fn open_with_images(ordinal: usize, images: &[(&str, &[u8])]) -> Result<Arc<Self>, CudaError> {
+    pub fn open_with_images(ordinal: usize, images: &[&[u8]]) -> Result<Arc<Self>, CudaError> {
+        Self::open_with(ordinal, images.iter().map(|image| ("an image", *image)))
+    }
+
+    fn open_with<'a>(
+        ordinal: usize,
+        images: impl ExactSizeIterator<Item = (&'a str, &'a [u8])>,
+    ) -> Result<Arc<Self>, CudaError> {
         let count = Self::count()?;
         if ordinal >= count {
             return Err(CudaError::NoSuchDevice { ordinal, count });
@@ -121,10 +129,11 @@ impl Device {
         check(result, || format!("making a context on device {ordinal}"))?;
         let mut device = Self { ordinal, handle, context, modules: Vec::new(), properties };
         device.bind()?;
+        let without_images = images.len() == 0;
         for (name, image) in images {
             device.load(name, image)?;
         }
-        if device.modules.is_empty() && !images.is_empty() {
+        if device.modules.is_empty() && !without_images {
             let Properties { name, capability, .. } = device.properties.clone();
             return Err(CudaError::NoKernelsForDevice { name, capability });
         }
@@ -148,6 +157,7 @@ impl Device {
         self.ordinal
     }
 
+    /// What it is.
     pub fn properties(&self) -> &Properties {
         &self.properties
     }

@@ -65,7 +65,7 @@ pub enum CudaError {
     /// No library to ask.
     #[error("no CUDA driver: libcuda is not installed or cannot be loaded")]
     NoDriver,
-    /// The embedded kernels and some calls need a newer driver.
+    /// The embedded kernels and some calls need a newer driver. Versions are 1000 · major + 10 · minor.
     #[error(
         "the CUDA driver supports CUDA {}.{}, wanted {}.{} or newer: update it",
         found / 1000, found % 1000 / 10, wanted / 1000, wanted % 1000 / 10
@@ -85,6 +85,7 @@ pub enum CudaError {
     /// No image of this build runs on this device.
     #[error("none of this build's kernels are for {name}, compute capability {}.{}", capability.0, capability.1)]
     NoKernelsForDevice { name: String, capability: (u32, u32) },
+    /// Misspelt, or not in the images that the device was opened with.
     #[error("no kernel is called `{name}`")]
     UnknownKernel { name: String },
     /// The device, or an [`Arena`](super::Arena), has less than that left.
@@ -99,8 +100,10 @@ pub enum CudaError {
     /// An adapter needs more rank chunks than a site has left.
     #[error("no room for an adapter: {wanted} rank chunks wanted, {available} are free")]
     OutOfChunks { wanted: usize, available: usize },
+    /// The precondition of a [`TiledTensor`](super::TiledTensor) that does not hold.
     #[error("tensor map: {0}")]
     TensorMap(String),
+    /// The driver refuses a launch, or hands over what happened before it.
     #[error(
         "launch of {kernel} (grid {}x{}x{}, block {block}, {shared_bytes} bytes of shared memory): {code}",
         grid[0], grid[1], grid[2]

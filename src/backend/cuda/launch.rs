@@ -81,6 +81,7 @@ impl<P: Pod> Kernel<P> {
         Ok(self)
     }
 
+    /// The name it was found by.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -103,6 +104,7 @@ pub struct Launch {
 }
 
 impl Launch {
+    /// Blocks without dynamic shared memory and clusters, after the previous kernel has ended.
     pub fn new(grid: [u32; 3], block: u32) -> Self {
         Self { grid, block, shared_bytes: 0, cluster: None, overlap_previous: false }
     }

@@ -27,15 +27,15 @@ impl Allocation {
     fn new(device: &Arc<Device>, bytes: usize, purpose: &str) -> Result<Arc<Self>, CudaError> {
         device.bind()?;
         let mut address = 0;
-        // The driver refuses to allocate nothing; an empty buffer is nothing special here.
-        // SAFETY: writes one address.
-        let result = unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) };
+        let result = if bytes > device.properties().total_bytes {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY
+        } else {
+            // SAFETY: writes one address. The driver refuses to allocate nothing, but empty buffers are buffers.
+            unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) }
+        };
         if result == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-            return Err(CudaError::OutOfMemory {
-                wanted: bytes,
-                available: device.free_bytes()?,
-                purpose: purpose.to_owned(),
-            });
+            let available = device.free_bytes()?;
+            return Err(CudaError::OutOfMemory { wanted: bytes, available, purpose: purpose.to_owned() });
         }
         check(result, || format!("allocating {bytes} bytes for {purpose}"))?;
         Ok(Arc::new(Self { device: Arc::clone(device), address }))
@@ -66,7 +66,7 @@ impl<T: Pod> DeviceBuffer<T> {
     /// # Errors
     /// [`CudaError::OutOfMemory`], which says what for.
     pub fn new(device: &Arc<Device>, len: usize, purpose: &str) -> Result<Self, CudaError> {
-        let allocation = Allocation::new(device, byte_count::<T>(len, usize::MAX, purpose)?, purpose)?;
+        let allocation = Allocation::new(device, len.saturating_mul(size_of::<T>()), purpose)?;
         Ok(Self { address: allocation.address, allocation, len, element: PhantomData })
     }
 
@@ -80,6 +80,7 @@ impl<T: Pod> DeviceBuffer<T> {
         self.len
     }
 
+    /// Whether it has no elements.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -130,6 +131,7 @@ impl<'a, T: Pod> DeviceSlice<'a, T> {
         self.len
     }
 
+    /// Whether it has no elements.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -189,8 +191,10 @@ impl Arena {
     /// [`CudaError::OutOfMemory`], with what is left and what it was wanted for.
     pub fn take<T: Pod>(&mut self, len: usize, purpose: &str) -> Result<DeviceBuffer<T>, CudaError> {
         const { assert!(align_of::<T>() <= ALIGNMENT) };
-        let available = self.available();
-        let wanted = byte_count::<T>(len, available, purpose)?;
+        let (wanted, available) = (len.saturating_mul(size_of::<T>()), self.available());
+        if wanted > available {
+            return Err(CudaError::OutOfMemory { wanted, available, purpose: purpose.to_owned() });
+        }
         let address = self.allocation.address + (self.bytes - available) as u64;
         self.used = self.bytes - available + wanted;
         Ok(DeviceBuffer { allocation: Arc::clone(&self.allocation), address, len, element: PhantomData })
@@ -206,15 +210,6 @@ impl fmt::Debug for Arena {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Arena({} of {} bytes used at {:#x})", self.used, self.bytes, self.allocation.address)
     }
-}
-
-/// Bytes of `len` elements, at most `available`.
-fn byte_count<T>(len: usize, available: usize, purpose: &str) -> Result<usize, CudaError> {
-    let wanted = len.saturating_mul(size_of::<T>());
-    if wanted > available {
-        return Err(CudaError::OutOfMemory { wanted, available, purpose: purpose.to_owned() });
-    }
-    Ok(wanted)
 }
 
 /// Page-locked host memory, zeros at first: the only host memory that copies do not wait for.
@@ -240,7 +235,7 @@ impl<T: Pod> Pinned<T> {
         // Pages are what is locked, and their alignment is what one gets.
         const { assert!(align_of::<T>() <= 4096) };
         device.bind()?;
-        let bytes = byte_count::<T>(len, isize::MAX as usize, purpose)?;
+        let bytes = len.saturating_mul(size_of::<T>());
         let mut start = ptr::null_mut();
         // SAFETY: writes one pointer. No flags: write-combined memory would be slow to read.
         let result = unsafe { sys::cuMemHostAlloc(&mut start, bytes.max(1), 0) };

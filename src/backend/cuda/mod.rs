@@ -9,16 +9,12 @@
 //! use loramux::backend::cuda::{Device, DeviceBuffer, Kernel, Launch};
 //!
 //! #[repr(C)]
-//! #[derive(Clone, Copy)]
+//! #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 //! struct ScaleParams {
 //!     values: u64,
 //!     count: u32,
 //!     factor: f32,
 //! }
-//! # // SAFETY: numbers without padding between them.
-//! # unsafe impl bytemuck::Zeroable for ScaleParams {}
-//! # // SAFETY: as above.
-//! # unsafe impl bytemuck::Pod for ScaleParams {}
 //!
 //! # fn main() -> Result<(), loramux::backend::cuda::CudaError> {
 //! let device = Device::open(0)?;
@@ -58,7 +54,7 @@ mod images;
 mod launch;
 pub mod lora;
 mod memory;
-mod params;
+pub mod params;
 mod stream;
 mod tensor_map;
 

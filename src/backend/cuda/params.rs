@@ -267,9 +267,9 @@ pub struct GemmParams {
     /// null for a group without adapters.
     pub chunks: u64,
     pub starts: u64,
-    /// `gemm_decode_*` with more than one slice: partial sums [column tiles][slices][rows of the tile][columns].
+    /// Where slices are spread over thread blocks: partial sums [tiles][slices][rows of the tile][columns of the tile].
     pub partials: u64,
-    /// [column tiles]: slices that have arrived; zero before the first launch and after every launch.
+    /// [tiles]: slices that have arrived; zero before the first launch and after every launch.
     pub arrived: u64,
     /// [1]: rows of this step.
     pub rows: u64,
@@ -281,7 +281,7 @@ pub struct GemmParams {
     pub y_stride: u32,
     /// enum Epilogue
     pub epilogue: u32,
-    /// Row tiles that the grid of `gemm_rank_ext_*` covers.
+    /// Row tiles that the grid covers.
     pub row_tiles: u32,
     pub reserved: u32,
 }

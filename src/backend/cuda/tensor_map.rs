@@ -17,8 +17,11 @@ const GRANULE: u64 = 16;
 /// An element's type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Element {
+    /// Bytes: quantised weights.
     U8,
+    /// bfloat16.
     Bf16,
+    /// Single precision.
     F32,
 }
 
@@ -37,9 +40,13 @@ impl Element {
 /// bank conflicts. Named by the bytes after which the pattern repeats along a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Swizzle {
+    /// Rows as they are.
     None,
+    /// For rows of 32 bytes.
     Bytes32,
+    /// For rows of 64 bytes.
     Bytes64,
+    /// For rows of 128 bytes.
     Bytes128,
 }
 
@@ -60,6 +67,7 @@ impl Swizzle {
 /// What a box has outside of the tensor arrives as zeros.
 #[derive(Clone, Copy, Debug)]
 pub struct TiledTensor<'a> {
+    /// Type of an element.
     pub element: Element,
     /// Of element 0; a multiple of 16.
     pub address: u64,
@@ -69,18 +77,14 @@ pub struct TiledTensor<'a> {
     pub strides: &'a [u64],
     /// Elements of the box along each dimension, at most 256; the inner row a multiple of 16 bytes.
     pub tile: &'a [u32],
+    /// Arrangement of the box in shared memory.
     pub swizzle: Swizzle,
 }
 
 /// A tensor map as kernels take it: by value, at a 64-byte boundary.
 #[repr(C, align(64))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct TensorMap([u64; 16]);
-
-// SAFETY: numbers, and zeros are numbers.
-unsafe impl bytemuck::Zeroable for TensorMap {}
-// SAFETY: 128 bytes of numbers, so its alignment adds no padding.
-unsafe impl bytemuck::Pod for TensorMap {}
 
 impl TiledTensor<'_> {
     /// Encodes the map. Needs a driver, and a device that has the copy engine to use it on: compute capability 9.0.

@@ -150,10 +150,8 @@ impl ChunkArena {
         if pair.rank.div_ceil(CHUNK) > self.chunks_per_slot {
             return shape(format!("rank {}, at most {} fit a slot", pair.rank, self.chunks_per_slot * CHUNK));
         }
-        let lengths = [
-            ("A [rank, in]", pair.a, self.in_features),
-            ("B [out, rank]", pair.b, self.out_features),
-        ];
+        let lengths =
+            [("A [rank, in]", pair.a, self.in_features), ("B [out, rank]", pair.b, self.out_features)];
         for (name, values, width) in lengths {
             if values.len() != pair.rank * width {
                 return shape(format!("{name} has {} values, wanted {} x {width}", values.len(), pair.rank));
@@ -169,7 +167,13 @@ impl ChunkArena {
         Ok(())
     }
 
-    fn copy(&mut self, stream: &Stream, slot: usize, pair: &LowRank<'_>, ids: &[u32]) -> Result<(), CudaError> {
+    fn copy(
+        &mut self,
+        stream: &Stream,
+        slot: usize,
+        pair: &LowRank<'_>,
+        ids: &[u32],
+    ) -> Result<(), CudaError> {
         let mut a = vec![bf16::ZERO; CHUNK * self.in_features];
         let mut b = vec![bf16::ZERO; CHUNK * self.out_features];
         for (j, &id) in ids.iter().enumerate() {

@@ -65,12 +65,19 @@ impl SiteGroup {
         capacity: usize,
     ) -> Result<Self, CudaError> {
         if !(1..=MAX_SITES).contains(&sites.len()) {
-            return Err(CudaError::Shape(format!("a group of {} sites, wanted 1 to {MAX_SITES}", sites.len())));
+            return Err(CudaError::Shape(format!(
+                "a group of {} sites, wanted 1 to {MAX_SITES}",
+                sites.len()
+            )));
         }
         let in_features = sites[0].chunks.in_features();
         for site in &sites {
             let [input, output] = [site.chunks.in_features(), site.chunks.out_features()];
-            if input != in_features || !input.is_multiple_of(8) || !output.is_multiple_of(8) || input * output == 0 {
+            if input != in_features
+                || !input.is_multiple_of(8)
+                || !output.is_multiple_of(8)
+                || input * output == 0
+            {
                 return Err(CudaError::Shape(format!(
                     "a site from {input} to {output} in a group from {in_features}: wanted the same input, and widths \
                      in multiples of 8"
@@ -86,7 +93,11 @@ impl SiteGroup {
             if let Some(bias) = &site.bias
                 && bias.len() != output
             {
-                return Err(CudaError::Length { operation: "bias of a site", from: bias.len(), into: output });
+                return Err(CudaError::Length {
+                    operation: "bias of a site",
+                    from: bias.len(),
+                    into: output,
+                });
             }
         }
         let slices = k_slices(in_features, sites.iter().map(|site| site.chunks.out_features()));
@@ -126,6 +137,16 @@ impl SiteGroup {
     /// Most rank chunks that the tiles of a step may use together.
     pub fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    /// The chunk list as it was built last: starts of the cells (row tile, K slice, site), then chunks. Waits for the
+    /// stream; for tests and tools.
+    pub fn read_list(&self, stream: &Stream) -> Result<(Vec<u32>, Vec<RankChunk>), CudaError> {
+        let mut starts = vec![0; self.starts.len()];
+        let mut chunks = vec![RankChunk::default(); self.capacity];
+        stream.download(&self.starts, &mut starts)?;
+        stream.download(&self.list, &mut chunks)?;
+        Ok((starts, chunks))
     }
 
     pub(super) fn max_rows(&self) -> usize {

@@ -72,10 +72,14 @@ impl Scratch {
         let device = stream.device();
         let most = |of: &dyn Fn(&SiteGroup) -> usize| groups.iter().map(|group| of(group)).max().unwrap_or(0);
         let v = most(&|group| group.capacity()) * ROW_TILE * RANK_CHUNK;
-        let tiles = most(&|group| column_tiles(group, DECODE_COLUMNS, false));
+        let multiprocessors = device.properties().multiprocessors as usize;
+        let tiles = most(&|group| column_tiles(group, DECODE_COLUMNS, false).max(multiprocessors));
         let partials = most(&|group| match group.slices() {
             1 => 0,
-            slices => column_tiles(group, DECODE_COLUMNS, false) * slices * DECODE_ROWS * DECODE_COLUMNS,
+            slices => {
+                let decode = column_tiles(group, DECODE_COLUMNS, false) * DECODE_ROWS * DECODE_COLUMNS;
+                slices * decode.max(multiprocessors * ROW_TILE * GEMM_COLUMNS)
+            }
         });
         let scratch = Self {
             v: DeviceBuffer::new(device, v, "V")?,
@@ -84,6 +88,11 @@ impl Scratch {
         };
         stream.upload(&vec![0; tiles], &scratch.arrived)?;
         Ok(scratch)
+    }
+
+    /// `[chunks][128][16]`: what `shrink_gate` has left, in the order of the chunk list.
+    pub fn v(&self) -> DeviceSlice<'_, bf16> {
+        self.v.slice(..)
     }
 }
 
@@ -98,6 +107,27 @@ pub struct Step<'a> {
     pub overlap: bool,
 }
 
+/// How a product is spread over the device. It decides the time, not the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProductKernel {
+    /// `gemm_decode_*`: up to 64 rows.
+    Decode,
+    /// `gemm_rank_ext`: a thread block for each tile.
+    RankExt,
+    /// `gemm_rank_ext_split`: a thread block for each K slice of each tile, of which there may be no more than the
+    /// device has multiprocessors.
+    RankExtSplit,
+}
+
+/// How V is spread over the device. It decides the time, not the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShrinkKernel {
+    /// `shrink_gate_16`: 16 rows and one rank chunk for each thread block.
+    Rows16,
+    /// `shrink_gate_64`: 64 rows and four rank chunks.
+    Rows64,
+}
+
 /// The LoRA kernels of a device.
 #[derive(Clone, Debug)]
 pub struct LoraKernels {
@@ -106,8 +136,9 @@ pub struct LoraKernels {
     shrink_gate_64: Kernel<ShrinkGateParams>,
     gemm_rank_ext: Kernel<GemmParams>,
     gemm_rank_ext_sliced: Kernel<GemmParams>,
+    gemm_rank_ext_split: Kernel<GemmParams>,
     gemm_decode: [Decode; 3],
-    multiprocessors: u32,
+    multiprocessors: usize,
 }
 
 /// A decode kernel and its most rows.
@@ -123,7 +154,8 @@ impl LoraKernels {
     /// [`CudaError::UnknownKernel`] when the device was opened without this build's kernels.
     pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
         let decode = |rows, shared_bytes| {
-            let kernel = device.kernel(&format!("gemm_decode_{rows}"))?.with_shared_memory(shared_bytes as u32)?;
+            let kernel =
+                device.kernel(&format!("gemm_decode_{rows}"))?.with_shared_memory(shared_bytes as u32)?;
             Ok::<_, CudaError>(Decode { rows, shared_bytes, kernel })
         };
         let gemm = |name| device.kernel(name)?.with_shared_memory(GEMM_SHARED_BYTES as u32);
@@ -134,12 +166,13 @@ impl LoraKernels {
             shrink_gate_64: shrink("shrink_gate_64", SHRINK_64_SHARED_BYTES)?,
             gemm_rank_ext: gemm("gemm_rank_ext")?,
             gemm_rank_ext_sliced: gemm("gemm_rank_ext_sliced")?,
+            gemm_rank_ext_split: gemm("gemm_rank_ext_split")?,
             gemm_decode: [
                 decode(16, DECODE_16_SHARED_BYTES)?,
                 decode(32, DECODE_32_SHARED_BYTES)?,
                 decode(64, DECODE_64_SHARED_BYTES)?,
             ],
-            multiprocessors: device.properties().multiprocessors,
+            multiprocessors: device.properties().multiprocessors as usize,
         })
     }
 
@@ -156,14 +189,15 @@ impl LoraKernels {
         x: Matrix<'_>,
         step: &Step<'_>,
     ) -> Result<(), CudaError> {
-        self.shrink(stream, group, x, step, step.row_bound <= DECODE_ROWS)
+        let few = step.row_bound <= DECODE_ROWS;
+        let kernel = if few { ShrinkKernel::Rows16 } else { ShrinkKernel::Rows64 };
+        self.shrink_gate_by(kernel, stream, group, x, step)
     }
 
     /// `Y = X · Wᵀ + bias + V · Bᵀ`, the sites' outputs side by side (for SwiGLU: one site's width).
     ///
     /// `x` is `[rows, in_features]`; V must have been left in the scratch memory by
-    /// [`shrink_gate`](Self::shrink_gate) for the same rows. The kernel is chosen by `step.row_bound`; it decides the
-    /// time, not the result.
+    /// [`shrink_gate`](Self::shrink_gate) for the same rows.
     ///
     /// # Errors
     /// [`CudaError::Shape`].
@@ -176,16 +210,22 @@ impl LoraKernels {
         epilogue: Epilogue<'_>,
         step: &Step<'_>,
     ) -> Result<(), CudaError> {
-        if step.row_bound <= DECODE_ROWS {
-            self.gemm_decode(stream, group, x, y, epilogue, step)
+        let tiles = gemm_tiles(group, epilogue, step.row_bound);
+        let kernel = if step.row_bound <= DECODE_ROWS {
+            ProductKernel::Decode
+        } else if group.slices() > 1 && tiles <= self.multiprocessors {
+            ProductKernel::RankExtSplit
         } else {
-            self.gemm_rank_ext(stream, group, x, y, epilogue, step)
-        }
+            ProductKernel::RankExt
+        };
+        self.product_by(kernel, stream, group, x, y, epilogue, step)
     }
 
-    /// [`product`](Self::product) by the kernel for up to 64 rows.
-    pub fn gemm_decode(
+    /// [`product`](Self::product) by a certain kernel.
+    #[expect(clippy::too_many_arguments, reason = "those of `product`, and the kernel")]
+    pub fn product_by(
         &self,
+        kernel: ProductKernel,
         stream: &Stream,
         group: &SiteGroup,
         x: Matrix<'_>,
@@ -194,55 +234,53 @@ impl LoraKernels {
         step: &Step<'_>,
     ) -> Result<(), CudaError> {
         let params = gemm_params(group, x, y, epilogue, step)?;
-        let Some(decode) = self.gemm_decode.iter().find(|decode| step.row_bound <= decode.rows) else {
-            return Err(CudaError::Shape(format!("{} rows to decode, at most {DECODE_ROWS}", step.row_bound)));
-        };
-        let tiles = column_tiles(group, DECODE_COLUMNS, matches!(epilogue, Epilogue::SwiGlu));
-        let launch = Launch {
-            shared_bytes: decode.shared_bytes as u32,
-            overlap_previous: step.overlap,
-            ..Launch::new([tiles as u32, params.slices, 1], DECODE_THREADS as u32)
-        };
-        if step.row_bound == 0 {
-            return Ok(());
-        }
-        // SAFETY: `gemm_params` has checked every extent that the kernel derives from the parameters.
-        unsafe { stream.launch(&decode.kernel, &launch, &params) }
-    }
-
-    /// [`product`](Self::product) by the kernel for many rows.
-    pub fn gemm_rank_ext(
-        &self,
-        stream: &Stream,
-        group: &SiteGroup,
-        x: Matrix<'_>,
-        y: Matrix<'_>,
-        epilogue: Epilogue<'_>,
-        step: &Step<'_>,
-    ) -> Result<(), CudaError> {
-        let params = gemm_params(group, x, y, epilogue, step)?;
-        let tiles = column_tiles(group, GEMM_COLUMNS, matches!(epilogue, Epilogue::SwiGlu));
-        let launch = Launch {
-            shared_bytes: GEMM_SHARED_BYTES as u32,
-            overlap_previous: step.overlap,
-            ..Launch::new([params.row_tiles * tiles as u32, 1, 1], GEMM_THREADS as u32)
+        let tiles = gemm_tiles(group, epilogue, step.row_bound);
+        let columns = tiles / step.row_bound.div_ceil(ROW_TILE).max(1);
+        let slices = params.slices;
+        let (kernel, grid, threads, shared_bytes) = match kernel {
+            ProductKernel::Decode => {
+                let fits = |decode: &&Decode| step.row_bound <= decode.rows;
+                let Some(decode) = self.gemm_decode.iter().find(fits) else {
+                    let rows = step.row_bound;
+                    return Err(CudaError::Shape(format!("{rows} rows to decode, at most {DECODE_ROWS}")));
+                };
+                let tiles = column_tiles(group, DECODE_COLUMNS, matches!(epilogue, Epilogue::SwiGlu));
+                (&decode.kernel, [tiles as u32, slices, 1], DECODE_THREADS, decode.shared_bytes)
+            }
+            ProductKernel::RankExt => {
+                let kernel = if slices == 1 { &self.gemm_rank_ext } else { &self.gemm_rank_ext_sliced };
+                (kernel, [tiles as u32, 1, 1], GEMM_THREADS, GEMM_SHARED_BYTES)
+            }
+            ProductKernel::RankExtSplit if slices > 1 && tiles > self.multiprocessors => {
+                let most = self.multiprocessors;
+                return Err(CudaError::Shape(format!("{tiles} tiles in slices, at most {most}")));
+            }
+            ProductKernel::RankExtSplit => {
+                let grid = [columns as u32, slices, params.row_tiles];
+                (&self.gemm_rank_ext_split, grid, GEMM_THREADS, GEMM_SHARED_BYTES)
+            }
         };
         if step.row_bound == 0 {
             return Ok(());
         }
-        let kernel = if params.slices == 1 { &self.gemm_rank_ext } else { &self.gemm_rank_ext_sliced };
-        // SAFETY: `gemm_params` has checked every extent that the kernel derives from the parameters.
+        let launch = Launch {
+            shared_bytes: shared_bytes as u32,
+            overlap_previous: step.overlap,
+            ..Launch::new(grid, threads as u32)
+        };
+        // SAFETY: `gemm_params` has checked every extent that the kernel derives from the parameters, and partial sums
+        // are sized for the tiles.
         unsafe { stream.launch(kernel, &launch, &params) }
     }
 
-    /// [`shrink_gate`](Self::shrink_gate) by the kernel for few rows or for many.
-    pub fn shrink(
+    /// [`shrink_gate`](Self::shrink_gate) by a certain kernel.
+    pub fn shrink_gate_by(
         &self,
+        kernel: ShrinkKernel,
         stream: &Stream,
         group: &SiteGroup,
         x: Matrix<'_>,
         step: &Step<'_>,
-        few_rows: bool,
     ) -> Result<(), CudaError> {
         check_step(group, x, step)?;
         if step.row_bound == 0 {
@@ -263,17 +301,20 @@ impl LoraKernels {
         for (a, site) in params.a.iter_mut().zip(group.sites()) {
             *a = site.chunks.a();
         }
-        let (kernel, rows, chunks, threads, shared_bytes) = if few_rows {
-            let bytes = SHRINK_16_SHARED_BYTES;
-            (&self.shrink_gate_16, SHRINK_16_ROWS, SHRINK_16_CHUNKS, SHRINK_16_THREADS, bytes)
-        } else {
-            let bytes = SHRINK_64_SHARED_BYTES;
-            (&self.shrink_gate_64, SHRINK_64_ROWS, SHRINK_64_CHUNKS, SHRINK_64_THREADS, bytes)
+        let (kernel, rows, chunks, threads, shared_bytes) = match kernel {
+            ShrinkKernel::Rows16 => {
+                let bytes = SHRINK_16_SHARED_BYTES;
+                (&self.shrink_gate_16, SHRINK_16_ROWS, SHRINK_16_CHUNKS, SHRINK_16_THREADS, bytes)
+            }
+            ShrinkKernel::Rows64 => {
+                let bytes = SHRINK_64_SHARED_BYTES;
+                (&self.shrink_gate_64, SHRINK_64_ROWS, SHRINK_64_CHUNKS, SHRINK_64_THREADS, bytes)
+            }
         };
         let parts = step.row_bound.div_ceil(rows);
         // Thread blocks beside each other share a tile's chunks; as many as the device holds at once.
         let most = group.capacity().div_ceil(chunks).max(1);
-        let beside = (SHRINK_BLOCKS * self.multiprocessors as usize / parts).clamp(1, most);
+        let beside = (SHRINK_BLOCKS * self.multiprocessors / parts).clamp(1, most);
         let launch = Launch {
             shared_bytes: shared_bytes as u32,
             overlap_previous: step.overlap,
@@ -282,6 +323,11 @@ impl LoraKernels {
         // SAFETY: X has been checked; V, lists and gates are sized by the group and the work list.
         unsafe { stream.launch(kernel, &launch, &params) }
     }
+}
+
+/// Tiles of `gemm_rank_ext` that cover a product's outputs.
+fn gemm_tiles(group: &SiteGroup, epilogue: Epilogue<'_>, rows: usize) -> usize {
+    column_tiles(group, GEMM_COLUMNS, matches!(epilogue, Epilogue::SwiGlu)) * rows.div_ceil(ROW_TILE)
 }
 
 /// Tiles of `columns` columns that cover a group's outputs: no tile straddles sites, unless it pairs them.

@@ -13,7 +13,7 @@
 //!
 //! # One sum, two kernels
 //!
-//! `gemm_decode` serves up to 64 rows, `gemm_rank_ext` any number. Both compute each output by the same sequence of
+//! `gemm_decode` serves up to 64 rows, `gemm_rank_ext` any number. All compute each output by the same sequence of
 //! additions, which [`k_slices`] and the adapter's `order` fix: a row's bits depend on neither the kernel, nor its
 //! place in the batch, nor the other rows.
 
@@ -24,5 +24,7 @@ mod work_list;
 
 pub use chunks::{ChunkArena, LowRank};
 pub use group::{ChunkLists, Site, SiteGroup, k_slices};
-pub use kernels::{Epilogue, LoraKernels, Matrix, Scratch, Step};
+pub use kernels::{Epilogue, LoraKernels, Matrix, ProductKernel, Scratch, ShrinkKernel, Step};
 pub use work_list::WorkList;
+
+pub use super::params::RankChunk;

@@ -1,0 +1,69 @@
+// kernels/ptx.cuh's twin: the same functions, on the host.
+#pragma once
+#include <stdint.h>
+
+#include <source_location>
+
+#include "runtime/block.h"
+#include "runtime/tensor_core.h"
+
+namespace ptx {
+
+// ---- asynchronous copies, global to shared ----
+
+// The bytes land at the wait; until then the destination is NaN.
+inline void copy_async_16(void* shared, const void* global, bool valid,
+                          std::source_location where = std::source_location::current()) {
+  emulator::copy_async_16(shared, global, valid, where);
+}
+
+inline uint64_t evict_first_policy() { return 0; }
+
+inline void copy_async_16(void* shared, const void* global, bool valid, uint64_t,
+                          std::source_location where = std::source_location::current()) {
+  emulator::copy_async_16(shared, global, valid, where);
+}
+
+inline void copy_async_commit() { emulator::running->copies.commit(); }
+
+template <int newest>
+inline void copy_async_wait() {
+  emulator::running->copies.wait(newest);
+}
+
+// ---- tensor cores ----
+
+inline void load_matrix_x4(uint32_t (&fragment)[4], const void* row,
+                           std::source_location where = std::source_location::current()) {
+  emulator::load_matrix_x4(fragment, row, where);
+}
+
+inline void mma_16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                        std::source_location where = std::source_location::current()) {
+  emulator::mma_16x8x16(sum, a, b0, b1, where);
+}
+
+// ---- conversion ----
+
+inline uint32_t pack_bf16(float low, float high) {
+  // To the nearest, ties to even; every NaN becomes 0x7fff.
+  const auto round = [](float value) {
+    const auto bits = __builtin_bit_cast(uint32_t, value);
+    return value != value ? 0x7fffu : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return round(high) << 16 | round(low);
+}
+
+// ---- between thread blocks and grids ----
+
+inline uint32_t fetch_add_acquire_release(uint32_t* counter, uint32_t value) {
+  const uint32_t before = *counter;
+  *counter = before + value;
+  return before;
+}
+
+// Grids run one after another.
+inline void wait_for_previous_grid() {}
+inline void allow_next_grid() {}
+
+}  // namespace ptx
