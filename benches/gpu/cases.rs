@@ -4,12 +4,8 @@ use std::env;
 use std::ops::Range;
 
 use loramux::backend::cuda::lora::k_slices;
+use loramux::backend::cuda::params::RANK_CHUNK;
 use serde_json::{Value, json};
-
-/// Rows that share a chunk list.
-pub const ROW_TILE: usize = 128;
-/// Ranks of a rank chunk.
-pub const RANK_CHUNK: usize = 16;
 
 /// What becomes of a group's sums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,7 +3,9 @@
 use std::iter::Sum;
 use std::ops::Add;
 
-use super::cases::{Batch, Case, Group, Mix, Output, Part, RANK_CHUNK, ROW_TILE};
+use loramux::backend::cuda::params::{RANK_CHUNK, ROW_TILE};
+
+use super::cases::{Batch, Case, Group, Mix, Output, Part};
 
 /// Bytes of each operand, read or written once, and operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,9 +48,11 @@ impl Counts {
         let (rows, sites) = (batch.rows, group.widths.len());
         let all_chunks = batch.chunks(0..batch.segments.len());
         // V of every row of a tile for every chunk of the tile.
-        let v_rows = batch.tiles(ROW_TILE).into_iter().enumerate().map(|(tile, adapters)| {
-            ROW_TILE.min(rows - tile * ROW_TILE) * batch.chunks(adapters)
-        });
+        let v_rows = batch
+            .tiles(ROW_TILE)
+            .into_iter()
+            .enumerate()
+            .map(|(tile, adapters)| ROW_TILE.min(rows - tile * ROW_TILE) * batch.chunks(adapters));
         let v = v_rows.sum::<usize>() * sites * RANK_CHUNK * 2;
         let rank_sum = |rows_and_rank: (usize, &usize)| batch.ranks.of(rows_and_rank.0) * rows_and_rank.1;
         let ranks_of_rows: usize = batch.segments.iter().enumerate().map(rank_sum).sum();

@@ -10,10 +10,11 @@ use loramux::backend::Gates;
 use loramux::backend::cuda::lora::{
     ChunkArena, ChunkLists, Epilogue, LoraKernels, LowRank, Matrix, Scratch, Site, SiteGroup, Step, WorkList,
 };
+use loramux::backend::cuda::params::{RANK_CHUNK, ROW_TILE};
 use loramux::backend::cuda::{CudaError, Device, DeviceBuffer, Event, Graph, Stream};
 use rayon::prelude::*;
 
-use super::cases::{Case, Group, Mix, Part, RANK_CHUNK, ROW_TILE, Ranks, Set};
+use super::cases::{Case, Group, Mix, Part, Ranks, Set};
 
 /// Replays that are timed between two waits.
 const REPLAYS: usize = 64;
@@ -132,7 +133,8 @@ impl Layers {
         let most = self.bounds.chunks_per_adapter * RANK_CHUNK * widest.expect("a layer has groups");
         // Every adapter starts elsewhere in the same random numbers.
         let numbers = random(most + self.bounds.adapters * 8, 0.02, 1);
-        for site in self.layers.iter_mut().flat_map(|layer| &mut layer.groups).flat_map(SiteGroup::sites_mut) {
+        for site in self.layers.iter_mut().flat_map(|layer| &mut layer.groups).flat_map(SiteGroup::sites_mut)
+        {
             let arena = &mut site.chunks;
             for slot in 0..self.bounds.adapters {
                 arena.unload(&self.stream, slot)?;
@@ -217,7 +219,11 @@ impl Layers {
     }
 
     /// Seconds between the ends of neighbouring calls of `work`.
-    fn time(&self, times: usize, mut work: impl FnMut() -> Result<(), CudaError>) -> Result<Vec<f64>, CudaError> {
+    fn time(
+        &self,
+        times: usize,
+        mut work: impl FnMut() -> Result<(), CudaError>,
+    ) -> Result<Vec<f64>, CudaError> {
         let mut seconds = Vec::with_capacity(times);
         while seconds.len() < times {
             let count = REPLAYS.min(times - seconds.len());
@@ -248,7 +254,8 @@ impl Layers {
         // A group reads the first columns of what the one before it has left: q in place of the attention's output.
         let before = at.checked_sub(1).map_or(group.in_features, |before| self.groups[before].width());
         let x = Matrix { data: layer.activations[at].slice(..rows * before), stride: before };
-        let y = Matrix { data: layer.activations[at + 1].slice(..rows * group.width()), stride: group.width() };
+        let y =
+            Matrix { data: layer.activations[at + 1].slice(..rows * group.width()), stride: group.width() };
         // The layer's input stands for both residuals.
         let residual = layer.activations[0].slice(..);
         let epilogue = match group.output {
@@ -268,17 +275,25 @@ impl Layers {
 
 impl Layer {
     /// Random weights, or at other places those of the `first` layer.
-    fn new(stream: &Stream, groups: &[Group], bounds: Bounds, first: Option<&Layer>) -> Result<Self, CudaError> {
+    fn new(
+        stream: &Stream,
+        groups: &[Group],
+        bounds: Bounds,
+        first: Option<&Layer>,
+    ) -> Result<Self, CudaError> {
         let device = stream.device();
-        let numbers = |len: usize, scale: f32, seed: u64, purpose: &str, same: Option<&DeviceBuffer<bf16>>| {
-            let buffer = DeviceBuffer::new(device, len, purpose)?;
-            match same {
-                // SAFETY: both buffers outlive the wait.
-                Some(same) => unsafe { stream.copy_async(same, &buffer) }.and_then(|()| stream.synchronize())?,
-                None => stream.upload(&random(len, scale, seed), &buffer)?,
-            }
-            Ok::<_, CudaError>(buffer)
-        };
+        let numbers =
+            |len: usize, scale: f32, seed: u64, purpose: &str, same: Option<&DeviceBuffer<bf16>>| {
+                let buffer = DeviceBuffer::new(device, len, purpose)?;
+                match same {
+                    // SAFETY: both buffers outlive the wait.
+                    Some(same) => {
+                        unsafe { stream.copy_async(same, &buffer) }.and_then(|()| stream.synchronize())?
+                    }
+                    None => stream.upload(&random(len, scale, seed), &buffer)?,
+                }
+                Ok::<_, CudaError>(buffer)
+            };
         let mut of_layer = Vec::new();
         for (at, group) in groups.iter().enumerate() {
             let mut sites = Vec::new();

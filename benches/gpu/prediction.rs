@@ -14,7 +14,12 @@
 
 use std::fmt::Write as _;
 
-use super::cases::{Batch, Case, Group, Mix, Output, Part, RANK_CHUNK, ROW_TILE, Ranks, Set};
+use loramux::backend::cuda::params::{
+    DECODE_COLUMNS, GEMM_COLUMNS, RANK_CHUNK, ROW_TILE, SHRINK_16_CHUNKS, SHRINK_16_ROWS,
+    SHRINK_16_SHARED_BYTES, SHRINK_64_CHUNKS, SHRINK_64_ROWS, SHRINK_64_SHARED_BYTES,
+};
+
+use super::cases::{Batch, Case, Group, Mix, Output, Part, Ranks, Set};
 use super::counts::Counts;
 
 /// What the predictions are for.
@@ -36,16 +41,6 @@ const WRITE_TILES: f64 = 1e-6;
 const DECODE_ROWS: usize = 64;
 /// Row tiles that walk along the columns together.
 const BAND: usize = 8;
-
-const HEADER: &str = include_str!("../../kernels/params.h");
-
-/// A number that kernels and host share.
-fn shared(name: &str) -> usize {
-    let value = HEADER
-        .lines()
-        .find_map(|line| line.strip_prefix("#define LORAMUX_")?.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
-    value.unwrap_or_else(|| panic!("kernels/params.h defines LORAMUX_{name}"))
-}
 
 /// Seconds, and what they are spent on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -108,14 +103,13 @@ fn chunks_of_tile(group: &Group, batch: &Batch) -> f64 {
 }
 
 fn gemm(group: &Group, batch: &Batch, memory: f64) -> Prediction {
-    let columns = shared("GEMM_COLUMNS");
     let row_tiles = batch.rows.div_ceil(ROW_TILE);
-    let blocks = row_tiles * column_tiles(group, columns);
+    let blocks = row_tiles * column_tiles(group, GEMM_COLUMNS);
     // Sums and totals of a sliced K fill the registers: one thread block a multiprocessor.
     let resident = if group.slices() == 1 { 2 } else { 1 };
     let steps = (group.in_features / RANK_CHUNK) as f64 + chunks_of_tile(group, batch);
-    let flops = steps * (2 * ROW_TILE * columns * RANK_CHUNK) as f64;
-    let bytes = steps * ((ROW_TILE + columns) * RANK_CHUNK * 2) as f64;
+    let flops = steps * (2 * ROW_TILE * GEMM_COLUMNS * RANK_CHUNK) as f64;
+    let bytes = steps * ((ROW_TILE + GEMM_COLUMNS) * RANK_CHUNK * 2) as f64;
     let wave = |of_multiprocessor: usize| {
         let (share, overhead) = match of_multiprocessor {
             1 => (SHARE_OF_ONE_BLOCK, FILL + WRITE_TILES),
@@ -142,33 +136,33 @@ fn gemm(group: &Group, batch: &Batch, memory: f64) -> Prediction {
 }
 
 fn decode(group: &Group, batch: &Batch, memory: f64) -> Prediction {
-    let columns = shared("DECODE_COLUMNS");
     let rows = [16, 32, DECODE_ROWS].into_iter().find(|&rows| batch.rows <= rows).expect("few rows");
-    let blocks = column_tiles(group, columns) * group.slices();
+    let blocks = column_tiles(group, DECODE_COLUMNS) * group.slices();
     let slice_steps =
         ((group.in_features / RANK_CHUNK) as f64 + chunks_of_tile(group, batch)) / group.slices() as f64;
-    let bytes_of_block = slice_steps * ((rows + columns) * RANK_CHUNK * 2) as f64;
+    let bytes_of_block = slice_steps * ((rows + DECODE_COLUMNS) * RANK_CHUNK * 2) as f64;
     let per_multiprocessor = blocks as f64 / MULTIPROCESSORS.min(blocks) as f64;
     let load = per_multiprocessor * bytes_of_block / L2_OF_MULTIPROCESSOR;
-    let multiply = blocks as f64 * slice_steps * (2 * rows * columns * RANK_CHUNK) as f64 / (DECODE_SHARE * PEAK);
+    let multiply =
+        blocks as f64 * slice_steps * (2 * rows * DECODE_COLUMNS * RANK_CHUNK) as f64 / (DECODE_SHARE * PEAK);
     Prediction::slowest(&[(memory, "memory"), (load, "L2"), (multiply, "tensor cores")], 2.0 * FILL)
 }
 
 fn shrink(group: &Group, batch: &Batch, memory: f64) -> Prediction {
     let few = batch.rows <= DECODE_ROWS;
-    let size = if few { "SHRINK_16" } else { "SHRINK_64" };
-    let of_kernel = |what: &str| shared(&format!("{size}_{what}"));
-    let (rows, chunks) = (of_kernel("ROWS"), of_kernel("CHUNKS"));
+    // One stage of the ring is being multiplied, the others are under way.
+    let (rows, chunks, in_flight) = if few {
+        (SHRINK_16_ROWS, SHRINK_16_CHUNKS, SHRINK_16_SHARED_BYTES * 5 / 6)
+    } else {
+        (SHRINK_64_ROWS, SHRINK_64_CHUNKS, SHRINK_64_SHARED_BYTES * 3 / 4)
+    };
     // Blocks of rows and chunks that are multiplied: those of which a row uses a chunk.
     let sites = group.widths.len();
     let units: usize =
         batch.tiles(rows).into_iter().map(|adapters| (batch.chunks(adapters) * sites).div_ceil(chunks)).sum();
     let ranks = chunks * RANK_CHUNK;
     let bytes = ((rows + ranks) * group.in_features * 2) as f64;
-    // One stage of the ring is being multiplied, the others are under way.
-    let stages = if few { 6.0 } else { 4.0 };
-    let in_flight = of_kernel("SHARED_BYTES") as f64 * (stages - 1.0) / stages;
-    let alone = bytes / (in_flight / LATENCY).min(L2_OF_MULTIPROCESSOR);
+    let alone = bytes / (in_flight as f64 / LATENCY).min(L2_OF_MULTIPROCESSOR);
     let shared_l2 = units.div_ceil(MULTIPROCESSORS) as f64 * bytes / L2_OF_MULTIPROCESSOR;
     Prediction::slowest(&[(memory, "memory"), (alone, "latency"), (shared_l2, "L2")], 2.0 * FILL)
 }

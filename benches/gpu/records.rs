@@ -14,7 +14,8 @@ use super::prediction::{self, predict};
 
 /// The dense bf16 peak of a GPU, in FLOP/s, by its maker's data sheet.
 fn peak(name: &str) -> Option<f64> {
-    let peaks = [("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12), ("A100", 312e12)];
+    let peaks =
+        [("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12), ("A100", 312e12)];
     peaks.into_iter().find(|(known, _)| name.contains(known)).map(|(_, peak)| peak)
 }
 
