@@ -89,7 +89,7 @@ fn criterion(set: Set) -> Criterion {
         .sample_size(samples)
         .warm_up_time(Duration::from_millis(warm_up))
         .measurement_time(Duration::from_millis(measurement))
-        .nresamples(1000)
+        .nresamples(2000)
         .without_plots()
         .configure_from_args()
 }

@@ -118,10 +118,9 @@ impl Layers {
 
     /// Bytes per second that a copy within the device reads and writes.
     pub fn copy_bandwidth(&self, bytes: usize) -> Result<f64, CudaError> {
-        let buffers = [(); 2].map(|()| DeviceBuffer::<u8>::new(&self.device, bytes, "a copy"));
-        let [from, into] = buffers;
-        let (from, into) = (from?, into?);
-        self.stream.upload(&random_bytes(bytes), &from)?;
+        let from = DeviceBuffer::new(&self.device, bytes / 2, "a copy")?;
+        let into = DeviceBuffer::new(&self.device, bytes / 2, "a copy")?;
+        self.stream.upload(&random(bytes / 2, 1.0, 1), &from)?;
         // SAFETY: both buffers outlive the wait in `time`.
         let mut times = self.time(20, || unsafe { self.stream.copy_async(&from, &into) })?;
         Ok(2.0 * bytes as f64 / median(&mut times[2..]))
@@ -349,8 +348,4 @@ fn random(len: usize, scale: f32, seed: u64) -> Vec<bf16> {
         }
     });
     values
-}
-
-fn random_bytes(len: usize) -> Vec<u8> {
-    random(len.div_ceil(2), 1.0, 1).iter().flat_map(|value| value.to_le_bytes()).take(len).collect()
 }

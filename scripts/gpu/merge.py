@@ -11,7 +11,6 @@ import re
 import sys
 from pathlib import Path
 
-# What the kernels are to reach: what, which results count, the number, whether it is a floor.
 LARGE = [2048, 8192]
 DECODE = [1, 4, 16]
 
@@ -147,7 +146,7 @@ def main():
         "device": read_device(folder),
         "aims": aims(bench) if bench else [],
         "stages": read_stages(folder),
-        "tests": [read_json(path) for path in sorted(folder.glob("tests-*.json"))],
+        "tests": [tests for path in sorted(folder.glob("tests-*.json")) if (tests := read_json(path))],
         "sanitizers": [read_sanitizer(path) for path in sorted(folder.glob("sanitizer-*.log"))],
         "bench": bench,
         "peers": peers,

@@ -10,6 +10,8 @@ Peers, all in bf16, with the weights of a group stacked into one matrix:
 - `bmm`: `matmul`, and for each site two batched products with the A and B of every row gathered;
 - `loop`: `matmul`, and for each site and adapter two products over the adapter's rows, as PEFT does it.
 
+Adapters are timed over whole layers; over single groups only for `r16 distinct`, to see where a layer's time goes.
+
 Kernels of other projects can be timed beside them: the folder that LORAMUX_PEERS names (default `.gpu/peers`) may hold
 a `peers.py` with a dictionary `PEERS` of name to `make(x, pairs, segments, y)`. `x` is [rows, in]; `pairs` has
 (A [rank, in], B [out, rank]) for each adapter, which adapter i applies to the next `segments[i]` rows; `y` is
@@ -32,18 +34,8 @@ MOST_GATHERED_BYTES = 8 << 30
 SECONDS_PER_CASE = 0.2
 
 
-class Site:
-    """A layer's linear site: a view of the stacked weights' outputs, and its adapters."""
-
-    def __init__(self, group, column, width):
-        self.group, self.column, self.width = group, column, width
-
-    def pairs(self, adapters):
-        k = self.group["in_features"]
-        return [
-            (torch.randn(rank, k, **on_gpu) * 0.02, torch.randn(self.width, rank, **on_gpu) * 0.02)
-            for rank in adapters
-        ]
+def random_pairs(k, n, ranks):
+    return [(torch.randn(rank, k, **on_gpu) * 0.02, torch.randn(n, rank, **on_gpu) * 0.02) for rank in ranks]
 
 
 def padded(pairs):
@@ -99,7 +91,7 @@ class Layer:
         name, rows, column, functions = group["name"], case["rows"], 0, []
         for width in group["widths"]:
             y = self.y[name][:rows, column : column + width]
-            pairs = Site(group, column, width).pairs(case["ranks"])
+            pairs = random_pairs(group["in_features"], width, case["ranks"])
             function = make(self.x[name][:rows], pairs, case["segments"], y)
             if function is None:
                 return None
@@ -185,9 +177,8 @@ def main():
 
     for case in plan["cases"]:
         of_target = list(groups.values()) if case["target"] == "layer" else [groups[case["target"]]]
-        rounds = 4 if case["rows"] <= 256 else 1
 
-        def measure(make, case=case, of_target=of_target, rounds=rounds):
+        def measure(make, case=case, of_target=of_target):
             functions = []
             for layer in layers:
                 for group in of_target:
@@ -197,11 +188,13 @@ def main():
                         if deltas is None:
                             return None
                         functions.extend(deltas)
+            # Short graphs would time the gaps between them.
+            rounds = 4 if case["rows"] <= 256 and len(functions) < 500 else 1
             return time_graph(functions * rounds, rounds * len(layers))
 
         if not case["segments"]:
             note(case, "matmul", lambda: measure(None))
-        else:
+        elif case["target"] == "layer" or case["adapters"] == "r16 distinct":
             for name, make in peers.items():
                 note(case, name, lambda make=make: measure(make))
 
