@@ -233,7 +233,7 @@ unsigned meet_block(const char* name, bool predicate, const std::source_location
   if (warp.at_barrier == 0) warp.barrier_place = where;
   // bar.sync is an instruction of the whole warp: lanes must not execute different ones.
   if (warp.barrier_place.line() != where.line() || warp.barrier_place.column() != where.column() ||
-      strcmp(block.barrier_name, name) != 0) [[unlikely]] {
+      (block.barrier_name != name && strcmp(block.barrier_name, name) != 0)) [[unlikely]] {
     raise_fault(FaultCode::launch_failed, "is at " + std::string(name) + " (" + describe_place(where) +
                                               ") while others wait elsewhere:" + describe_waits());
   }

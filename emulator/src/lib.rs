@@ -35,14 +35,16 @@
 //! | `LORAMUX_EMULATOR_SANITIZE` | build | `address` or `address,undefined`: also look for errors in host memory, stacks and arithmetic |
 //! | `LORAMUX_EMULATOR_SEED` | run | the seed before the first [`set_seed`] |
 //!
-//! With sanitizers, the sanitizer's runtime has to be loaded first:
+//! With sanitizers, their runtime has to come first in each test's process (and in no process of Cargo's own):
 //!
 //! ```sh
 //! export LORAMUX_EMULATOR_SANITIZE=address,undefined
-//! cargo nextest run --no-run
-//! LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
-//!     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 cargo nextest run
+//! export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_PRELOAD=$(c++ -print-file-name=libasan.so) \
+//!     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1"
+//! cargo nextest run
 //! ```
+//!
+//! Leaks are not looked for: the threads of a kernel that was ended leave what they had behind.
 
 use std::env;
 use std::path::Path;
