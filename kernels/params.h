@@ -25,28 +25,28 @@ struct bf16;
 // K is cut into slices between blocks of this many elements.
 #define LORAMUX_K_BLOCK 64
 
-// Launch geometry. The kernels assert that it is theirs.
+// Launch geometry of the kernels whose names begin so. The kernels assert that it is theirs.
 #define LORAMUX_CHUNK_LISTS_THREADS 256
 // `shrink_gate_16`, for few rows: rows and rank chunks of a thread block.
-#define LORAMUX_SHRINK_16_ROWS 16
-#define LORAMUX_SHRINK_16_CHUNKS 1
-#define LORAMUX_SHRINK_16_THREADS 128
-#define LORAMUX_SHRINK_16_SHARED_BYTES 98304
+#define LORAMUX_SHRINK_GATE_16_ROWS 16
+#define LORAMUX_SHRINK_GATE_16_CHUNKS 1
+#define LORAMUX_SHRINK_GATE_16_THREADS 128
+#define LORAMUX_SHRINK_GATE_16_SHARED_BYTES 98304
 // `shrink_gate_64`, for many rows.
-#define LORAMUX_SHRINK_64_ROWS 64
-#define LORAMUX_SHRINK_64_CHUNKS 4
-#define LORAMUX_SHRINK_64_THREADS 256
-#define LORAMUX_SHRINK_64_SHARED_BYTES 73728
+#define LORAMUX_SHRINK_GATE_64_ROWS 64
+#define LORAMUX_SHRINK_GATE_64_CHUNKS 4
+#define LORAMUX_SHRINK_GATE_64_THREADS 256
+#define LORAMUX_SHRINK_GATE_64_SHARED_BYTES 73728
 // `gemm_rank_ext_*`: tiles of LORAMUX_ROW_TILE rows.
-#define LORAMUX_GEMM_COLUMNS 128
-#define LORAMUX_GEMM_THREADS 256
-#define LORAMUX_GEMM_SHARED_BYTES 98304
+#define LORAMUX_GEMM_RANK_EXT_COLUMNS 128
+#define LORAMUX_GEMM_RANK_EXT_THREADS 256
+#define LORAMUX_GEMM_RANK_EXT_SHARED_BYTES 98304
 // `gemm_decode_*`, for at most 16, 32 or 64 rows.
-#define LORAMUX_DECODE_COLUMNS 64
-#define LORAMUX_DECODE_THREADS 128
-#define LORAMUX_DECODE_16_SHARED_BYTES 81920
-#define LORAMUX_DECODE_32_SHARED_BYTES 98304
-#define LORAMUX_DECODE_64_SHARED_BYTES 98304
+#define LORAMUX_GEMM_DECODE_COLUMNS 64
+#define LORAMUX_GEMM_DECODE_THREADS 128
+#define LORAMUX_GEMM_DECODE_16_SHARED_BYTES 81920
+#define LORAMUX_GEMM_DECODE_32_SHARED_BYTES 98304
+#define LORAMUX_GEMM_DECODE_64_SHARED_BYTES 98304
 
 // A rank chunk in use by a row tile. Its index in the chunk list is also its v block: where `shrink_gate` leaves and
 // the products find V[row] = gate · scale · (x · A_chunkᵀ).

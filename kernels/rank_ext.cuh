@@ -93,13 +93,12 @@ class Product {
     block_end_ = slice_begin(p, slice_ + 1);
     // Weights do not depend on the previous grid: they are under way while it ends.
     const uint32_t blocks = block_end_ - block_;
-#pragma unroll
-    for (uint32_t i = 0; i + 1 < Shape::stages; ++i)
-      if (i < blocks) copy_weights(storage_.stage[i], block_ + i);
+#pragma unroll 1
+    for (uint32_t i = 0; i + 1 < Shape::stages && i < blocks; ++i) copy_weights(storage_.stage[i], block_ + i);
     ptx::wait_for_previous_grid();
     rows_ = *p.rows;
     find_chunks();
-#pragma unroll
+#pragma unroll 1
     for (uint32_t i = 0; i + 1 < Shape::stages; ++i) {
       fill(i, i < blocks);
       ptx::copy_async_commit();

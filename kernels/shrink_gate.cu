@@ -198,12 +198,12 @@ using Rows16 = ShrinkShape<1, 1, 1, 4, 6>;
 // Many rows: X is read once for four chunks.
 using Rows64 = ShrinkShape<2, 2, 4, 1, 4>;
 
-static_assert(Rows16::rows == LORAMUX_SHRINK_16_ROWS && Rows16::chunks == LORAMUX_SHRINK_16_CHUNKS);
-static_assert(Rows16::threads == LORAMUX_SHRINK_16_THREADS);
-static_assert(sizeof(Rows16::Storage) == LORAMUX_SHRINK_16_SHARED_BYTES);
-static_assert(Rows64::rows == LORAMUX_SHRINK_64_ROWS && Rows64::chunks == LORAMUX_SHRINK_64_CHUNKS);
-static_assert(Rows64::threads == LORAMUX_SHRINK_64_THREADS);
-static_assert(sizeof(Rows64::Storage) == LORAMUX_SHRINK_64_SHARED_BYTES);
+static_assert(Rows16::rows == LORAMUX_SHRINK_GATE_16_ROWS && Rows16::chunks == LORAMUX_SHRINK_GATE_16_CHUNKS);
+static_assert(Rows16::threads == LORAMUX_SHRINK_GATE_16_THREADS);
+static_assert(sizeof(Rows16::Storage) == LORAMUX_SHRINK_GATE_16_SHARED_BYTES);
+static_assert(Rows64::rows == LORAMUX_SHRINK_GATE_64_ROWS && Rows64::chunks == LORAMUX_SHRINK_GATE_64_CHUNKS);
+static_assert(Rows64::threads == LORAMUX_SHRINK_GATE_64_THREADS);
+static_assert(sizeof(Rows64::Storage) == LORAMUX_SHRINK_GATE_64_SHARED_BYTES);
 
 }  // namespace
 

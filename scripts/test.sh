@@ -90,6 +90,19 @@ lint_without_nvcc() {
     NVCC=none cargo clippy --locked --all-targets --target-dir "${CARGO_TARGET_DIR:-target}/without-nvcc" -- -D warnings
 }
 
+# The driver that stands in for a GPU, and the kernels in it, once more under the address and undefined behaviour
+# sanitizers, whose runtimes must come before everything else in the process.
+test_kernels_sanitized() {
+    local tests=(--locked --package loramux --test lora_kernels --test cuda_driver) runtimes
+    runtimes="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)"
+    (
+        export LORAMUX_EMULATOR_SANITIZE=address,undefined
+        cargo nextest run --no-run "${tests[@]}"
+        LD_PRELOAD=$runtimes ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+            cargo nextest run "${tests[@]}"
+    )
+}
+
 build_documentation() {
     RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps
 }
@@ -105,6 +118,7 @@ stage "lints without the CUDA backend" cargo clippy --locked --all-targets --no-
 stage "lints without nvcc" lint_without_nvcc
 stage "documentation" build_documentation
 stage "tests" cargo nextest run --locked --workspace --exclude loramux-benches
+stage "kernels under sanitizers" test_kernels_sanitized
 stage "documentation tests" cargo test --locked --doc
 stage "benches compile" cargo check --locked --package loramux-benches --benches
 

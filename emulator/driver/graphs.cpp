@@ -10,6 +10,8 @@ struct GraphExec {
 
 using namespace emulator;
 
+std::set<CUgraph> emulator::graphs;
+
 namespace {
 
 std::set<CUgraphExec> executables;
@@ -18,6 +20,7 @@ std::set<CUgraphExec> executables;
 
 DRIVER_API cuGraphGetNodes(CUgraph graph, CUgraphNode* nodes, size_t* count) {
   return with_context([&] {
+    if (!graphs.contains(graph)) return CUDA_ERROR_INVALID_VALUE;
     if (nodes != nullptr) {
       for (size_t i = 0; i < *count; ++i) nodes[i] = i < graph->commands.size() ? &graph->commands[i] : nullptr;
     }
@@ -35,6 +38,7 @@ DRIVER_API cuGraphNodeGetType(CUgraphNode node, CUgraphNodeType* type) {
 
 DRIVER_API cuGraphDestroy(CUgraph graph) {
   return with_context([&] {
+    if (graphs.erase(graph) == 0) return CUDA_ERROR_INVALID_VALUE;
     delete graph;
     return CUDA_SUCCESS;
   });
@@ -42,7 +46,7 @@ DRIVER_API cuGraphDestroy(CUgraph graph) {
 
 DRIVER_API cuGraphInstantiateWithFlags(CUgraphExec* executable, CUgraph graph, unsigned long long) {
   return with_context([&] {
-    if (executable == nullptr || graph == nullptr) return CUDA_ERROR_INVALID_VALUE;
+    if (executable == nullptr || !graphs.contains(graph)) return CUDA_ERROR_INVALID_VALUE;
     *executable = new GraphExec{graph->commands};
     executables.insert(*executable);
     return CUDA_SUCCESS;

@@ -194,6 +194,7 @@ DRIVER_API cuStreamEndCapture(CUstream handle, CUgraph* graph) {
     if (capture->invalidated) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
     if (unjoined) return CUDA_ERROR_STREAM_CAPTURE_UNJOINED;
     *graph = new Graph{std::move(capture->graph)};
+    graphs.insert(*graph);
     return CUDA_SUCCESS;
   });
 }

@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -57,6 +58,9 @@ CUresult refuse_during_capture();
 // Likewise for a call that every capture forbids, and for one that only a capture of `stream` does.
 CUresult refuse_during_any_capture();
 CUresult refuse_during_capture(Stream& stream);
+
+// The graphs that exist.
+extern std::set<CUgraph> graphs;
 
 // Joins `stream` to a capture, after `progress`.
 CUresult join_capture(Stream& stream, const std::shared_ptr<Capture>& capture, const Progress& progress);

@@ -12,10 +12,10 @@
 
 // Enters the kernel in the driver's table; `p` is the driver's copy of the parameters.
 #define KERNEL(name, Params, threads, blocks)                                                                     \
-  static void name(const Params& p);                                                                              \
+  static void name(const Params&);                                                                              \
   static const emulator::Kernel name##_kernel(EMULATOR_TEXT(name), sizeof(Params), threads, blocks, __FILE__,     \
                                               [](const void* params) { name(*static_cast<const Params*>(params)); }); \
-  static void name(const Params& p)
+  static void name([[maybe_unused]] const Params& p)
 
 template <class Storage>
 Storage& shared_storage() {

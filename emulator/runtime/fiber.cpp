@@ -26,7 +26,7 @@ Fiber* left = nullptr;
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if !defined(EMULATOR_UCONTEXT)
 // emulator_switch_stack(void** save, void* load): pushes the registers that a call preserves, exchanges the stacks and
 // pops the other side's. The floating-point control words are the same on all fibers.
 extern "C" void emulator_switch_stack(void** save, void* load);
@@ -71,7 +71,7 @@ void Fiber::start(void (*entry)(), unsigned number) {
   forget_frames();
   // All stacks are page-aligned: without a shift, 32 lanes would compete for the same few cache sets.
   const size_t shift = number * 5 % 64 * 64;
-#if defined(__x86_64__)
+#if !defined(EMULATOR_UCONTEXT)
   // What emulator_switch_stack pops: six registers, then the address it returns to. The function entered that way
   // sees the stack as after a call, with a null return address.
   void** top = reinterpret_cast<void**>(stack_ + stack_bytes_ - shift);
@@ -102,12 +102,13 @@ void Fiber::forget_frames() {
 #endif
 }
 
-void Fiber::arrived() {
+// Tells AddressSanitizer which stack is in use now, and learns the bounds of the one that was left: the only way to
+// know those of the host thread.
+void arrive([[maybe_unused]] void* fake_stack) {
 #if defined(EMULATOR_ADDRESS_SANITIZER)
   const void* bottom;
   size_t bytes;
-  __sanitizer_finish_switch_fiber(fake_stack_, &bottom, &bytes);
-  // The way to learn the bounds of the host thread's stack.
+  __sanitizer_finish_switch_fiber(fake_stack, &bottom, &bytes);
   left->stack_ = const_cast<char*>(static_cast<const char*>(bottom));
   left->stack_bytes_ = bytes;
 #endif
@@ -118,22 +119,14 @@ void switch_fiber(Fiber& from, Fiber& to) {
 #if defined(EMULATOR_ADDRESS_SANITIZER)
   __sanitizer_start_switch_fiber(&from.fake_stack_, to.stack_, to.stack_bytes_);
 #endif
-#if defined(__x86_64__)
-  emulator_switch_stack(&from.stack_pointer_, to.stack_pointer_);
-#else
+#if defined(EMULATOR_UCONTEXT)
   swapcontext(&from.context_, &to.context_);
+#else
+  emulator_switch_stack(&from.stack_pointer_, to.stack_pointer_);
 #endif
-  from.arrived();
+  arrive(from.fake_stack_);
 }
 
-void fiber_entered() {
-#if defined(EMULATOR_ADDRESS_SANITIZER)
-  const void* bottom;
-  size_t bytes;
-  __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
-  left->stack_ = const_cast<char*>(static_cast<const char*>(bottom));
-  left->stack_bytes_ = bytes;
-#endif
-}
+void fiber_entered() { arrive(nullptr); }
 
 }  // namespace emulator

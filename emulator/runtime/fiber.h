@@ -4,7 +4,12 @@
 // two system calls and is several times slower.
 #pragma once
 #include <cstddef>
-#if !defined(__x86_64__)
+
+// Defined by a build that wants the portable switch.
+#if !defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
+#define EMULATOR_UCONTEXT 1
+#endif
+#if defined(EMULATOR_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -34,17 +39,15 @@ class Fiber {
   void forget_frames();
 
   friend void switch_fiber(Fiber& from, Fiber& to);
-  friend void fiber_entered();
+  friend void arrive(void* fake_stack);
 
  private:
-  void arrived();
-
   char* stack_ = nullptr;
   size_t stack_bytes_ = 0;
-#if defined(__x86_64__)
-  void* stack_pointer_ = nullptr;
-#else
+#if defined(EMULATOR_UCONTEXT)
   ucontext_t context_;
+#else
+  void* stack_pointer_ = nullptr;
 #endif
   // AddressSanitizer's record of this stack while another one is in use.
   void* fake_stack_ = nullptr;

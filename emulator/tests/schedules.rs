@@ -1,5 +1,5 @@
-//! Mistakes of synchronisation: each shows as a wrong result under some of eight schedules, and the right kernel is right
-//! under all of them.
+//! Mistakes of synchronisation: each shows as a wrong result under some of eight schedules, and the right kernel is
+//! right under all of them.
 
 mod common;
 
@@ -90,9 +90,13 @@ fn a_missing_wait_shows() {
     assert!(out.iter().all(|&word| word == u32::MAX), "without a wait everything is under way");
 }
 
-/// The order in which the 256 threads of four blocks came.
+/// The order in which the 256 threads of four blocks come under a seed.
 fn order(device: &Device, seed: u64) -> Vec<u32> {
     loramux_emulator::set_seed(seed);
+    order_now(device)
+}
+
+fn order_now(device: &Device) -> Vec<u32> {
     let buffer = device.upload(&[0u32; 257]);
     ok(device.launch("test_order", 4, 64, 0, buffer.address));
     device.download(buffer)[1..].to_vec()
@@ -115,4 +119,18 @@ fn a_seed_draws_the_order_of_threads_warps_and_blocks() {
     assert!(orders.iter().any(|order| of_blocks(order) != [0, 1, 2, 3]));
     assert!(orders.iter().any(|order| of_warps(order)[0] == 1));
     assert!(orders.iter().all(|order| order[..32] != natural[..32]));
+}
+
+#[test]
+fn the_environment_names_the_first_seed() {
+    if std::env::var_os("LORAMUX_EMULATOR_SEED").is_some() {
+        println!("order: {:?}", order_now(&Device::open_with_current_seed()));
+        return;
+    }
+    let device = Device::open();
+    let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+    again.args(["--exact", "the_environment_names_the_first_seed", "--nocapture"]);
+    let output = again.env("LORAMUX_EMULATOR_SEED", "3").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains(&format!("order: {:?}", order(&device, 3))), "{text}");
 }

@@ -20,7 +20,7 @@ pub fn device() -> Arc<Device> {
     }
     loramux_emulator::install();
     // The emulator has its kernels already; it takes any image for all of them.
-    Device::open_with_images(0, &[("emulator", b"emulator")]).expect("the emulator is a device")
+    Device::open_with_images(0, &[b"emulator"]).expect("the emulator is a device")
 }
 
 /// Runs `test` under several thread orders; on a GPU, which has its own, once.

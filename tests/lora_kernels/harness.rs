@@ -162,9 +162,9 @@ pub struct Lists {
 
 /// The kernels and a group on the device. Slots are given out in an order of their own.
 pub struct OnDevice {
-    stream: Stream,
-    kernels: LoraKernels,
-    group: SiteGroup,
+    pub stream: Stream,
+    pub kernels: LoraKernels,
+    pub group: SiteGroup,
     slots: Vec<u32>,
     max_rows: usize,
     max_entries: usize,
@@ -254,7 +254,26 @@ impl OnDevice {
         })
     }
 
-    /// Runs `work` on the inputs of a step whose lists are built and whose V is there.
+    /// The rows' gates, by slot.
+    pub fn gates(&self, batch: &Batch) -> Gates {
+        let mut gates = Gates::default();
+        for row in &batch.gates {
+            let entries: Vec<_> =
+                row.iter().map(|&(expert, gate)| (self.slots[expert as usize], gate)).collect();
+            gates.push_rows(1, &entries);
+        }
+        gates
+    }
+
+    /// The order of the expert in a slot.
+    pub fn order_of<'a>(&'a self, group: &'a Group) -> impl Fn(u32) -> u64 + 'a {
+        |slot| {
+            let expert = self.slots.iter().position(|&of_expert| of_expert == slot).expect("a loaded slot");
+            group.experts[expert].order
+        }
+    }
+
+    /// Runs `work_on` on the inputs of a step whose lists are built and whose V is there.
     fn after_shrink<R>(
         &self,
         group: &Group,
@@ -267,17 +286,7 @@ impl OnDevice {
         let lists = ChunkLists::new(&self.stream, &[&self.group]).expect("lists");
         let scratch = Scratch::new(&self.stream, &[&self.group]).expect("scratch");
 
-        let mut gates = Gates::default();
-        for row in &batch.gates {
-            let entries: Vec<_> =
-                row.iter().map(|&(expert, gate)| (self.slots[expert as usize], gate)).collect();
-            gates.push_rows(1, &entries);
-        }
-        let order_of = |slot| {
-            let expert = self.slots.iter().position(|&of_expert| of_expert == slot).expect("a loaded slot");
-            group.experts[expert].order
-        };
-        work.set(&self.stream, &gates, order_of).expect("a work list");
+        work.set(&self.stream, &self.gates(batch), self.order_of(group)).expect("a work list");
 
         let stride = group.in_features + 8;
         let x = self.padded(&batch.x, rows, group.in_features, stride);

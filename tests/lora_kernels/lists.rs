@@ -86,7 +86,7 @@ fn assert_v(group: &Group, batch: &Batch, slices: usize, lists: &Lists) {
                 let terms =
                     (0..input).map(|k| factor * f(batch.x[row * input + k]) * f(pair.a[r * input + k]));
                 let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
-                let error = size * 2f64.powi(-20) + sum.abs() / 512.0;
+                let error = size * 2f64.powi(-20) + sum.abs() / 256.0;
                 assert!(
                     (f(got) - sum).abs() <= error,
                     "row {row}, rank {r} of {wanted:?}: {got}, wanted {sum}"

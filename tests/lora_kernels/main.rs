@@ -1,9 +1,11 @@
 //! The LoRA kernels against plain loops, and their promise: a row's bits depend on nothing but the row.
 //!
 //! Runs on the emulator, under several orders of threads, or with `LORAMUX_TEST_DEVICE=cuda` on a GPU.
+#![cfg(feature = "cuda")]
 
 #[path = "../common/cuda_device.rs"]
 mod cuda_device;
+mod graph;
 mod harness;
 mod lists;
 mod reference;

@@ -31,7 +31,7 @@ fn sum(group: &Group, batch: &Batch, row: usize, site: usize, column: usize) -> 
             let factor = f64::from(gate) * f64::from(expert.scale) * f(&b[column * rank + r]);
             value += factor * product;
             size += factor.abs() * product_size;
-            rounding += (factor * product).abs() / 512.0;
+            rounding += (factor * product).abs() / 256.0;
         }
     }
     if let Some(biases) = &group.biases {
@@ -67,7 +67,7 @@ pub fn assert_close(group: &Group, batch: &Batch, output: Output, y: &[bf16]) {
                             Bound { value: silu * up.value, error: error + (silu * up.value).abs() * 1e-6 };
                     }
                 }
-                let error = wanted.error + (wanted.value.abs() + wanted.error) / 512.0;
+                let error = wanted.error + (wanted.value.abs() + wanted.error) / 256.0;
                 let got = f64::from(y[row * width + at].to_f32());
                 assert!(
                     (got - wanted.value).abs() <= error * 1.001 + 1e-9,

@@ -28,12 +28,18 @@ pub fn ok(result: CUresult) {
 }
 
 impl Device {
+    /// Threads go on in their natural order, until the test asks for another.
     pub fn open() -> Self {
+        let device = Self::open_with_current_seed();
+        loramux_emulator::set_seed(0);
+        device
+    }
+
+    pub fn open_with_current_seed() -> Self {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         loramux_emulator::install();
         loramux_emulator::reset();
-        loramux_emulator::set_seed(0);
         let (mut context, mut module, mut stream) =
             (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: every call gets pointers to what it fills.

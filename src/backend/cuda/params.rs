@@ -14,28 +14,28 @@ pub const MAX_SITES: usize = 4;
 pub const MAX_SLICES: usize = 8;
 /// K is cut into slices between blocks of this many elements.
 pub const K_BLOCK: usize = 64;
-/// Launch geometry. The kernels assert that it is theirs.
+/// Launch geometry of the kernels whose names begin so. The kernels assert that it is theirs.
 pub const CHUNK_LISTS_THREADS: usize = 256;
 /// `shrink_gate_16`, for few rows: rows and rank chunks of a thread block.
-pub const SHRINK_16_ROWS: usize = 16;
-pub const SHRINK_16_CHUNKS: usize = 1;
-pub const SHRINK_16_THREADS: usize = 128;
-pub const SHRINK_16_SHARED_BYTES: usize = 98304;
+pub const SHRINK_GATE_16_ROWS: usize = 16;
+pub const SHRINK_GATE_16_CHUNKS: usize = 1;
+pub const SHRINK_GATE_16_THREADS: usize = 128;
+pub const SHRINK_GATE_16_SHARED_BYTES: usize = 98304;
 /// `shrink_gate_64`, for many rows.
-pub const SHRINK_64_ROWS: usize = 64;
-pub const SHRINK_64_CHUNKS: usize = 4;
-pub const SHRINK_64_THREADS: usize = 256;
-pub const SHRINK_64_SHARED_BYTES: usize = 73728;
+pub const SHRINK_GATE_64_ROWS: usize = 64;
+pub const SHRINK_GATE_64_CHUNKS: usize = 4;
+pub const SHRINK_GATE_64_THREADS: usize = 256;
+pub const SHRINK_GATE_64_SHARED_BYTES: usize = 73728;
 /// `gemm_rank_ext_*`: tiles of ROW_TILE rows.
-pub const GEMM_COLUMNS: usize = 128;
-pub const GEMM_THREADS: usize = 256;
-pub const GEMM_SHARED_BYTES: usize = 98304;
+pub const GEMM_RANK_EXT_COLUMNS: usize = 128;
+pub const GEMM_RANK_EXT_THREADS: usize = 256;
+pub const GEMM_RANK_EXT_SHARED_BYTES: usize = 98304;
 /// `gemm_decode_*`, for at most 16, 32 or 64 rows.
-pub const DECODE_COLUMNS: usize = 64;
-pub const DECODE_THREADS: usize = 128;
-pub const DECODE_16_SHARED_BYTES: usize = 81920;
-pub const DECODE_32_SHARED_BYTES: usize = 98304;
-pub const DECODE_64_SHARED_BYTES: usize = 98304;
+pub const GEMM_DECODE_COLUMNS: usize = 64;
+pub const GEMM_DECODE_THREADS: usize = 128;
+pub const GEMM_DECODE_16_SHARED_BYTES: usize = 81920;
+pub const GEMM_DECODE_32_SHARED_BYTES: usize = 98304;
+pub const GEMM_DECODE_64_SHARED_BYTES: usize = 98304;
 
 /// A rank chunk in use by a row tile. Its index in the chunk list is also its v block: where `shrink_gate` leaves and
 /// the products find V[row] = gate · scale · (x · A_chunkᵀ).

@@ -7,8 +7,8 @@ use bytemuck::Zeroable;
 use half::bf16;
 
 use super::super::params::{
-    CHUNK_LISTS_THREADS, ChunkListGroup, ChunkListParams, ChunkListSite, DECODE_COLUMNS, K_BLOCK, MAX_SITES,
-    MAX_SLICES, ROW_TILE, RankChunk,
+    CHUNK_LISTS_THREADS, ChunkListGroup, ChunkListParams, ChunkListSite, GEMM_DECODE_COLUMNS, K_BLOCK,
+    MAX_SITES, MAX_SLICES, ROW_TILE, RankChunk,
 };
 use super::super::{CudaError, Device, DeviceBuffer, Launch, Stream};
 use super::{ChunkArena, LoraKernels, WorkList};
@@ -24,7 +24,7 @@ const BLOCKS_PER_SLICE: usize = 8;
 /// Each slice is summed from zero, and slices are added in ascending order. Groups with few outputs need slices to
 /// keep a whole GPU busy while few rows are decoded; groups with many outputs have one.
 pub fn k_slices(in_features: usize, out_features: impl IntoIterator<Item = usize>) -> usize {
-    let tiles: usize = out_features.into_iter().map(|width| width.div_ceil(DECODE_COLUMNS)).sum();
+    let tiles: usize = out_features.into_iter().map(|width| width.div_ceil(GEMM_DECODE_COLUMNS)).sum();
     let blocks = in_features.div_ceil(K_BLOCK);
     THREAD_BLOCKS.div_ceil(tiles.max(1)).min(blocks / BLOCKS_PER_SLICE).clamp(1, MAX_SLICES)
 }

@@ -6,10 +6,12 @@ use bytemuck::Zeroable;
 use half::bf16;
 
 use super::super::params::{
-    self, ChunkListParams, DECODE_16_SHARED_BYTES, DECODE_32_SHARED_BYTES, DECODE_64_SHARED_BYTES,
-    DECODE_COLUMNS, DECODE_THREADS, GEMM_COLUMNS, GEMM_SHARED_BYTES, GEMM_THREADS, GemmParams, GemmSite,
-    RANK_CHUNK, ROW_TILE, SHRINK_16_CHUNKS, SHRINK_16_ROWS, SHRINK_16_SHARED_BYTES, SHRINK_16_THREADS,
-    SHRINK_64_CHUNKS, SHRINK_64_ROWS, SHRINK_64_SHARED_BYTES, SHRINK_64_THREADS, ShrinkGateParams,
+    self, ChunkListParams, GEMM_DECODE_16_SHARED_BYTES, GEMM_DECODE_32_SHARED_BYTES,
+    GEMM_DECODE_64_SHARED_BYTES, GEMM_DECODE_COLUMNS, GEMM_DECODE_THREADS, GEMM_RANK_EXT_COLUMNS,
+    GEMM_RANK_EXT_SHARED_BYTES, GEMM_RANK_EXT_THREADS, GemmParams, GemmSite, RANK_CHUNK, ROW_TILE,
+    SHRINK_GATE_16_CHUNKS, SHRINK_GATE_16_ROWS, SHRINK_GATE_16_SHARED_BYTES, SHRINK_GATE_16_THREADS,
+    SHRINK_GATE_64_CHUNKS, SHRINK_GATE_64_ROWS, SHRINK_GATE_64_SHARED_BYTES, SHRINK_GATE_64_THREADS,
+    ShrinkGateParams,
 };
 use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Kernel, Launch, Stream};
 use super::{SiteGroup, WorkList};
@@ -73,12 +75,13 @@ impl Scratch {
         let most = |of: &dyn Fn(&SiteGroup) -> usize| groups.iter().map(|group| of(group)).max().unwrap_or(0);
         let v = most(&|group| group.capacity()) * ROW_TILE * RANK_CHUNK;
         let multiprocessors = device.properties().multiprocessors as usize;
-        let tiles = most(&|group| column_tiles(group, DECODE_COLUMNS, false).max(multiprocessors));
+        let tiles = most(&|group| column_tiles(group, GEMM_DECODE_COLUMNS, false).max(multiprocessors));
         let partials = most(&|group| match group.slices() {
             1 => 0,
             slices => {
-                let decode = column_tiles(group, DECODE_COLUMNS, false) * DECODE_ROWS * DECODE_COLUMNS;
-                slices * decode.max(multiprocessors * ROW_TILE * GEMM_COLUMNS)
+                let decode =
+                    column_tiles(group, GEMM_DECODE_COLUMNS, false) * DECODE_ROWS * GEMM_DECODE_COLUMNS;
+                slices * decode.max(multiprocessors * ROW_TILE * GEMM_RANK_EXT_COLUMNS)
             }
         });
         let scratch = Self {
@@ -158,19 +161,19 @@ impl LoraKernels {
                 device.kernel(&format!("gemm_decode_{rows}"))?.with_shared_memory(shared_bytes as u32)?;
             Ok::<_, CudaError>(Decode { rows, shared_bytes, kernel })
         };
-        let gemm = |name| device.kernel(name)?.with_shared_memory(GEMM_SHARED_BYTES as u32);
+        let gemm = |name| device.kernel(name)?.with_shared_memory(GEMM_RANK_EXT_SHARED_BYTES as u32);
         let shrink = |name, shared_bytes| device.kernel(name)?.with_shared_memory(shared_bytes as u32);
         Ok(Self {
             chunk_lists: device.kernel("chunk_lists")?,
-            shrink_gate_16: shrink("shrink_gate_16", SHRINK_16_SHARED_BYTES)?,
-            shrink_gate_64: shrink("shrink_gate_64", SHRINK_64_SHARED_BYTES)?,
+            shrink_gate_16: shrink("shrink_gate_16", SHRINK_GATE_16_SHARED_BYTES)?,
+            shrink_gate_64: shrink("shrink_gate_64", SHRINK_GATE_64_SHARED_BYTES)?,
             gemm_rank_ext: gemm("gemm_rank_ext")?,
             gemm_rank_ext_sliced: gemm("gemm_rank_ext_sliced")?,
             gemm_rank_ext_split: gemm("gemm_rank_ext_split")?,
             gemm_decode: [
-                decode(16, DECODE_16_SHARED_BYTES)?,
-                decode(32, DECODE_32_SHARED_BYTES)?,
-                decode(64, DECODE_64_SHARED_BYTES)?,
+                decode(16, GEMM_DECODE_16_SHARED_BYTES)?,
+                decode(32, GEMM_DECODE_32_SHARED_BYTES)?,
+                decode(64, GEMM_DECODE_64_SHARED_BYTES)?,
             ],
             multiprocessors: device.properties().multiprocessors as usize,
         })
@@ -244,12 +247,12 @@ impl LoraKernels {
                     let rows = step.row_bound;
                     return Err(CudaError::Shape(format!("{rows} rows to decode, at most {DECODE_ROWS}")));
                 };
-                let tiles = column_tiles(group, DECODE_COLUMNS, matches!(epilogue, Epilogue::SwiGlu));
-                (&decode.kernel, [tiles as u32, slices, 1], DECODE_THREADS, decode.shared_bytes)
+                let tiles = column_tiles(group, GEMM_DECODE_COLUMNS, matches!(epilogue, Epilogue::SwiGlu));
+                (&decode.kernel, [tiles as u32, slices, 1], GEMM_DECODE_THREADS, decode.shared_bytes)
             }
             ProductKernel::RankExt => {
                 let kernel = if slices == 1 { &self.gemm_rank_ext } else { &self.gemm_rank_ext_sliced };
-                (kernel, [tiles as u32, 1, 1], GEMM_THREADS, GEMM_SHARED_BYTES)
+                (kernel, [tiles as u32, 1, 1], GEMM_RANK_EXT_THREADS, GEMM_RANK_EXT_SHARED_BYTES)
             }
             ProductKernel::RankExtSplit if slices > 1 && tiles > self.multiprocessors => {
                 let most = self.multiprocessors;
@@ -257,7 +260,7 @@ impl LoraKernels {
             }
             ProductKernel::RankExtSplit => {
                 let grid = [columns as u32, slices, params.row_tiles];
-                (&self.gemm_rank_ext_split, grid, GEMM_THREADS, GEMM_SHARED_BYTES)
+                (&self.gemm_rank_ext_split, grid, GEMM_RANK_EXT_THREADS, GEMM_RANK_EXT_SHARED_BYTES)
             }
         };
         if step.row_bound == 0 {
@@ -303,12 +306,24 @@ impl LoraKernels {
         }
         let (kernel, rows, chunks, threads, shared_bytes) = match kernel {
             ShrinkKernel::Rows16 => {
-                let bytes = SHRINK_16_SHARED_BYTES;
-                (&self.shrink_gate_16, SHRINK_16_ROWS, SHRINK_16_CHUNKS, SHRINK_16_THREADS, bytes)
+                let bytes = SHRINK_GATE_16_SHARED_BYTES;
+                (
+                    &self.shrink_gate_16,
+                    SHRINK_GATE_16_ROWS,
+                    SHRINK_GATE_16_CHUNKS,
+                    SHRINK_GATE_16_THREADS,
+                    bytes,
+                )
             }
             ShrinkKernel::Rows64 => {
-                let bytes = SHRINK_64_SHARED_BYTES;
-                (&self.shrink_gate_64, SHRINK_64_ROWS, SHRINK_64_CHUNKS, SHRINK_64_THREADS, bytes)
+                let bytes = SHRINK_GATE_64_SHARED_BYTES;
+                (
+                    &self.shrink_gate_64,
+                    SHRINK_GATE_64_ROWS,
+                    SHRINK_GATE_64_CHUNKS,
+                    SHRINK_GATE_64_THREADS,
+                    bytes,
+                )
             }
         };
         let parts = step.row_bound.div_ceil(rows);
@@ -327,7 +342,7 @@ impl LoraKernels {
 
 /// Tiles of `gemm_rank_ext` that cover a product's outputs.
 fn gemm_tiles(group: &SiteGroup, epilogue: Epilogue<'_>, rows: usize) -> usize {
-    column_tiles(group, GEMM_COLUMNS, matches!(epilogue, Epilogue::SwiGlu)) * rows.div_ceil(ROW_TILE)
+    column_tiles(group, GEMM_RANK_EXT_COLUMNS, matches!(epilogue, Epilogue::SwiGlu)) * rows.div_ceil(ROW_TILE)
 }
 
 /// Tiles of `columns` columns that cover a group's outputs: no tile straddles sites, unless it pairs them.
