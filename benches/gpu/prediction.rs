@@ -10,13 +10,15 @@
 //! - A launch costs 2 µs beside its work: the tail of one grid and the start of the next, partly overlapped.
 //! - A wave of thread blocks fills its pipelines once: 1 µs; and `gemm_rank_ext` writes its tiles at the end: 1 µs more.
 //!   Two thread blocks on a multiprocessor hide half of that.
+//! - Partial sums of K slices in thread blocks of their own are written to L2 and read back by the last to arrive.
 //! - Waves are whole: with 132 multiprocessors, a grid of 133 thread blocks at one each takes two.
 
 use std::fmt::Write as _;
 
 use loramux::backend::cuda::params::{
-    DECODE_COLUMNS, GEMM_COLUMNS, RANK_CHUNK, ROW_TILE, SHRINK_16_CHUNKS, SHRINK_16_ROWS,
-    SHRINK_16_SHARED_BYTES, SHRINK_64_CHUNKS, SHRINK_64_ROWS, SHRINK_64_SHARED_BYTES,
+    GEMM_DECODE_COLUMNS, GEMM_RANK_EXT_COLUMNS, RANK_CHUNK, ROW_TILE, SHRINK_GATE_16_CHUNKS,
+    SHRINK_GATE_16_ROWS, SHRINK_GATE_16_SHARED_BYTES, SHRINK_GATE_64_CHUNKS, SHRINK_GATE_64_ROWS,
+    SHRINK_GATE_64_SHARED_BYTES,
 };
 
 use super::cases::{Batch, Case, Group, Mix, Output, Part, Ranks, Set};
@@ -104,12 +106,16 @@ fn chunks_of_tile(group: &Group, batch: &Batch) -> f64 {
 
 fn gemm(group: &Group, batch: &Batch, memory: f64) -> Prediction {
     let row_tiles = batch.rows.div_ceil(ROW_TILE);
-    let blocks = row_tiles * column_tiles(group, GEMM_COLUMNS);
-    // Sums and totals of a sliced K fill the registers: one thread block a multiprocessor.
-    let resident = if group.slices() == 1 { 2 } else { 1 };
-    let steps = (group.in_features / RANK_CHUNK) as f64 + chunks_of_tile(group, batch);
-    let flops = steps * (2 * ROW_TILE * GEMM_COLUMNS * RANK_CHUNK) as f64;
-    let bytes = steps * ((ROW_TILE + GEMM_COLUMNS) * RANK_CHUNK * 2) as f64;
+    let tiles = row_tiles * column_tiles(group, GEMM_RANK_EXT_COLUMNS);
+    // Few tiles: a thread block for each slice. Otherwise the sums and totals of a sliced K fill the registers, and a
+    // multiprocessor has room for one thread block.
+    let split = if tiles <= MULTIPROCESSORS { group.slices() } else { 1 };
+    let (blocks, resident) = (tiles * split, if group.slices() == split { 2 } else { 1 });
+    let steps = ((group.in_features / RANK_CHUNK) as f64 + chunks_of_tile(group, batch)) / split as f64;
+    let flops = steps * (2 * ROW_TILE * GEMM_RANK_EXT_COLUMNS * RANK_CHUNK) as f64;
+    let bytes = steps * ((ROW_TILE + GEMM_RANK_EXT_COLUMNS) * RANK_CHUNK * 2) as f64;
+    // Sums of a slice are written, and those of all slices read by the thread block that adds them.
+    let partials = if split > 1 { (1 + split) * ROW_TILE * GEMM_RANK_EXT_COLUMNS * 4 } else { 0 };
     let wave = |of_multiprocessor: usize| {
         let (share, overhead) = match of_multiprocessor {
             1 => (SHARE_OF_ONE_BLOCK, FILL + WRITE_TILES),
@@ -132,19 +138,20 @@ fn gemm(group: &Group, batch: &Batch, memory: f64) -> Prediction {
         (false, true) => "too few tiles",
         (false, false) => "tensor cores",
     };
-    Prediction::slowest(&[(memory + again as f64 / MEMORY, "memory"), (seconds, limit)], 0.0)
+    let products = [(memory + again as f64 / MEMORY, "memory"), (seconds, limit)];
+    Prediction::slowest(&products, partials as f64 / L2_OF_MULTIPROCESSOR)
 }
 
 fn decode(group: &Group, batch: &Batch, memory: f64) -> Prediction {
     let rows = [16, 32, DECODE_ROWS].into_iter().find(|&rows| batch.rows <= rows).expect("few rows");
-    let blocks = column_tiles(group, DECODE_COLUMNS) * group.slices();
+    let blocks = column_tiles(group, GEMM_DECODE_COLUMNS) * group.slices();
     let slice_steps =
         ((group.in_features / RANK_CHUNK) as f64 + chunks_of_tile(group, batch)) / group.slices() as f64;
-    let bytes_of_block = slice_steps * ((rows + DECODE_COLUMNS) * RANK_CHUNK * 2) as f64;
+    let bytes_of_block = slice_steps * ((rows + GEMM_DECODE_COLUMNS) * RANK_CHUNK * 2) as f64;
     let per_multiprocessor = blocks as f64 / MULTIPROCESSORS.min(blocks) as f64;
     let load = per_multiprocessor * bytes_of_block / L2_OF_MULTIPROCESSOR;
-    let multiply =
-        blocks as f64 * slice_steps * (2 * rows * DECODE_COLUMNS * RANK_CHUNK) as f64 / (DECODE_SHARE * PEAK);
+    let multiply = blocks as f64 * slice_steps * (2 * rows * GEMM_DECODE_COLUMNS * RANK_CHUNK) as f64
+        / (DECODE_SHARE * PEAK);
     Prediction::slowest(&[(memory, "memory"), (load, "L2"), (multiply, "tensor cores")], 2.0 * FILL)
 }
 
@@ -152,9 +159,9 @@ fn shrink(group: &Group, batch: &Batch, memory: f64) -> Prediction {
     let few = batch.rows <= DECODE_ROWS;
     // One stage of the ring is being multiplied, the others are under way.
     let (rows, chunks, in_flight) = if few {
-        (SHRINK_16_ROWS, SHRINK_16_CHUNKS, SHRINK_16_SHARED_BYTES * 5 / 6)
+        (SHRINK_GATE_16_ROWS, SHRINK_GATE_16_CHUNKS, SHRINK_GATE_16_SHARED_BYTES * 5 / 6)
     } else {
-        (SHRINK_64_ROWS, SHRINK_64_CHUNKS, SHRINK_64_SHARED_BYTES * 3 / 4)
+        (SHRINK_GATE_64_ROWS, SHRINK_GATE_64_CHUNKS, SHRINK_GATE_64_SHARED_BYTES * 3 / 4)
     };
     // Blocks of rows and chunks that are multiplied: those of which a row uses a chunk.
     let sites = group.widths.len();
