@@ -70,6 +70,9 @@ pack() {
     for name in "${tests[@]}" lora; do
         [[ -x $packed/$name ]] || fail "cargo has not built $name"
     done
+    for name in $sanitizer_tests; do
+        "$packed/lora_kernels" --list --format terse | grep -qx "$name: test" || fail "lora_kernels has no test $name"
+    done
     out_dir=$(pick_messages out_dir <"$messages" | tail -n 1 | cut -f 2)
     python3 - "$out_dir/kernels.json" "$(git describe --always --dirty)" "$packed" <<'PYTHON' || fail "no manifest"
 import hashlib, json, pathlib, sys
@@ -125,6 +128,7 @@ run() {
     budget=${LORAMUX_GPU_SECONDS:-$([[ $set == full ]] && echo 3600 || echo 520)}
     failed=()
     [[ -f $packed/manifest.json ]] || fail "$packed is not packed: run \`scripts/gpu.sh pack\` where Rust is"
+    chmod u+x "$packed"/*
     mkdir -p "$out"
     out=$(cd "$out" && pwd)
     logs=$(mktemp -d)
@@ -142,7 +146,7 @@ run() {
     done
 
     stage cases 20 "$packed/lora" --cases
-    stage bench $((budget * 9 / 20)) "$packed/lora" --bench --noplot
+    stage bench $((budget * 9 / 20)) "$packed/lora" --bench
     # What is left, but for the sanitizers' share.
     peers_limit=$((budget * 17 / 20 - SECONDS))
     stage peers "$peers_limit" python3 scripts/gpu/torch_peers.py "$logs/cases.log" "$logs/peers.json"
