@@ -46,7 +46,7 @@ for line in sys.stdin:
 }
 
 pack() {
-    local arguments=() tests name path messages out_dir bytes
+    local arguments=() tests name path messages out_dir listed bytes
     command -v cargo >/dev/null || fail "\`cargo\` is not installed: \`pack\` runs where Rust is"
     mapfile -t tests < <(gpu_tests)
     ((${#tests[@]})) || fail "no test under tests/ uses tests/common/cuda_device.rs"
@@ -70,8 +70,9 @@ pack() {
     for name in "${tests[@]}" lora; do
         [[ -x $packed/$name ]] || fail "cargo has not built $name"
     done
+    listed=$("$packed/lora_kernels" --list --format terse)
     for name in $sanitizer_tests; do
-        "$packed/lora_kernels" --list --format terse | grep -qx "$name: test" || fail "lora_kernels has no test $name"
+        grep -qx "$name: test" <<<"$listed" || fail "lora_kernels has no test $name"
     done
     out_dir=$(pick_messages out_dir <"$messages" | tail -n 1 | cut -f 2)
     python3 - "$out_dir/kernels.json" "$(git describe --always --dirty)" "$packed" <<'PYTHON' || fail "no manifest"
