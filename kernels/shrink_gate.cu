@@ -44,7 +44,8 @@ class Shrink {
   __device__ __forceinline__ Shrink(const ShrinkGateParams& p, typename Shape::Storage& storage, uint32_t rows)
       : p_(p), storage_(storage), rows_(rows), first_row_(blockIdx.x * Shape::rows) {}
 
-  // The chunks `first ..` of the list, at most `Shape::chunks` of them and none from `end` on.
+  // The chunks `first ..` of the list, at most `Shape::chunks` of them and none from `end` on. The barrier of the first
+  // question keeps the sums of the chunks before until every thread has read them.
   __device__ __forceinline__ void run(uint32_t first, uint32_t end) {
     const bool used = any_row_uses(first, end);
     if (used) {
@@ -147,8 +148,6 @@ class Shrink {
       }
       return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     });
-    // The next chunks fill the stages that the sums lie in.
-    __syncthreads();
   }
 
   __device__ __forceinline__ float sum(uint32_t row, uint32_t column) const {

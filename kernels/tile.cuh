@@ -13,12 +13,29 @@ constexpr uint32_t block_pieces = LORAMUX_K_BLOCK / piece_values;
 // Tensor core steps of a K block; a rank chunk is one step.
 constexpr uint32_t block_steps = LORAMUX_K_BLOCK / LORAMUX_RANK_CHUNK;
 
+// Where piece `piece` of row `row` lies in its row.
+__host__ __device__ constexpr uint32_t swizzled(uint32_t row, uint32_t piece) { return piece ^ (row % 8); }
+
+// Whether eight rows' pieces of the same number lie in eight different bank groups, and a row's pieces in eight places.
+constexpr bool swizzle_is_free_of_conflicts() {
+  for (uint32_t i = 0; i < 8; ++i) {
+    uint32_t of_piece = 0, of_row = 0;
+    for (uint32_t j = 0; j < 8; ++j) {
+      of_piece |= 1u << swizzled(j, i);
+      of_row |= 1u << swizzled(i, j);
+    }
+    if (of_piece != 0xff || of_row != 0xff) return false;
+  }
+  return true;
+}
+static_assert(swizzle_is_free_of_conflicts());
+
 template <uint32_t rows>
 struct alignas(1024) OperandTile {
   unsigned char bytes[rows * LORAMUX_K_BLOCK * 2];
 
   __device__ __forceinline__ void* piece(uint32_t row, uint32_t piece) {
-    return bytes + row * (LORAMUX_K_BLOCK * 2) + ((piece ^ (row % 8)) * 16);
+    return bytes + row * (LORAMUX_K_BLOCK * 2) + swizzled(row, piece) * 16;
   }
 };
 

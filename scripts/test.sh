@@ -93,14 +93,15 @@ lint_without_nvcc() {
 # The driver that stands in for a GPU, and the kernels in it, once more under the address and undefined behaviour
 # sanitizers, whose runtimes must come before everything else in the process.
 test_kernels_sanitized() {
-    local tests=(--locked --package loramux --test lora_kernels --test cuda_driver) runtimes
-    runtimes="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)"
-    (
-        export LORAMUX_EMULATOR_SANITIZE=address,undefined
-        cargo nextest run --no-run "${tests[@]}"
-        LD_PRELOAD=$runtimes ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-            cargo nextest run "${tests[@]}"
-    )
+    local asan ubsan host
+    asan=$(c++ -print-file-name=libasan.so)
+    ubsan=$(c++ -print-file-name=libubsan.so)
+    host=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
+    # Only the tests run under the sanitizers, not cargo itself.
+    env LORAMUX_EMULATOR_SANITIZE=address,undefined \
+        "CARGO_TARGET_${host}_RUNNER=env LD_PRELOAD=$asan:$ubsan ASAN_OPTIONS=detect_leaks=0 \
+         UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1" \
+        cargo nextest run --locked --package loramux --test lora_kernels --test cuda_driver
 }
 
 build_documentation() {

@@ -123,10 +123,10 @@ fn check(random: &mut Random, group: &Group, gates: Vec<Vec<(u32, f32)>>) {
 #[test]
 fn a_chunk_list_for_every_tile_slice_and_site() {
     let random = &mut Random(21);
-    let ranks: Vec<Vec<usize>> = (0..40).map(|_| (0..3).map(|_| random.below(70)).collect()).collect();
+    let ranks: Vec<Vec<usize>> = (0..36).map(|_| (0..3).map(|_| random.below(40)).collect()).collect();
     // Two K slices; more experts in a tile than a warp has lanes.
     let group = Group::new(random, 1024, &[40, 16, 8], false, &ranks);
-    let gates = (0..150).map(|_| vec![(random.below(40) as u32, random.number())]).collect();
+    let gates = (0..150).map(|_| vec![(random.below(36) as u32, random.number())]).collect();
     check(random, &group, gates);
 }
 

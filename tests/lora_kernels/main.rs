@@ -9,6 +9,7 @@ mod graph;
 mod harness;
 mod lists;
 mod reference;
+mod refusals;
 
 use cuda_device::under_thread_orders;
 use half::bf16;
