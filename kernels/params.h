@@ -69,6 +69,11 @@ struct SlotChunks {
   // nor its neighbours decide in which order a row is summed.
   uint32_t phase;
   float scale;
+  uint32_t reserved;
+  // What the expert changes besides: with gate g, the frozen product is multiplied by 1 + g · (column_scale − 1)
+  // (DoRA), and g · bias is added. [out_features], or null.
+  DEVICE(const float) column_scale;
+  DEVICE(const float) bias;
 };
 
 // Where one site's chunks are looked up.
@@ -138,6 +143,8 @@ struct GemmSite {
   DEVICE(const float) bias;
   // Arena [chunk][out_features][16].
   DEVICE(const struct bf16) b;
+  // [slots]
+  DEVICE(const struct SlotChunks) slots;
   uint32_t out_features;
   // Where the site's outputs start in a row of y.
   uint32_t y_column;
@@ -156,8 +163,8 @@ enum Epilogue {
 // `gemm_rank_ext_*` and `gemm_decode_*`: Y = X · Wᵀ + bias + Σ_chunks V · Bᵀ, all sites of a group.
 //
 // The sum of one output is defined by the group alone: K is cut into `slices` runs of K blocks; a slice is summed in
-// fp32 over ascending k and then over its rank chunks in list order, from zero; slices are added in ascending order;
-// bias and residual come last; the result is rounded to bf16 once. Both kernels keep to it, so a row's bits depend
+// fp32 over ascending k, from zero, then changed column by column where experts do that (their biases in slice 0), then
+// summed over its rank chunks in list order; slices are added in ascending order; bias and residual come last; the result is rounded to bf16 once. Both kernels keep to it, so a row's bits depend
 // neither on the kernel nor on the other rows.
 struct GemmParams {
   // [rows][x_stride], in_features used.
@@ -177,6 +184,10 @@ struct GemmParams {
   DEVICE(uint32_t) arrived;
   // [1]: rows of this step.
   DEVICE(const uint32_t) rows;
+  // The step's experts, as in `ChunkListParams` and `ShrinkGateParams`; read only if `changes_columns`.
+  DEVICE(const uint32_t) tile_entries;
+  DEVICE(const uint32_t) entry_slots;
+  DEVICE(const float) gates;
   struct GemmSite site[LORAMUX_MAX_SITES];
   uint32_t sites;
   uint32_t slices;
@@ -187,7 +198,8 @@ struct GemmParams {
   uint32_t epilogue;
   // Row tiles that the grid covers.
   uint32_t row_tiles;
-  uint32_t reserved;
+  // Whether a slot of the group has a column scale or a bias.
+  uint32_t changes_columns;
 };
 
 #if defined(__cplusplus) && !defined(LORAMUX_BINDGEN)

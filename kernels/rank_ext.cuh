@@ -119,6 +119,7 @@ class Product {
 #pragma unroll
       for (uint32_t step = 0; step < block_steps; ++step) multiply_step(stage, step, sums);
     }
+    if (p_.changes_columns && has_rows()) change_columns(slice, sums);
     const Range chunks = chunk_range(slice);
 #pragma unroll 1
     for (uint32_t chunk = chunks.begin; chunk < chunks.end; chunk += block_steps) {
@@ -156,6 +157,45 @@ class Product {
     const uint32_t warp = threadIdx.x / 32;
     sums.multiply(stage.x, warp / Shape::warp_columns * Shape::rows_of_warp, stage.w,
                   warp % Shape::warp_columns * Shape::columns_of_warp, step);
+  }
+
+  // What experts do to the frozen product of a slice besides their ranks. An expert that a row does not use has gate 0
+  // there and changes no bit of it.
+  __device__ __forceinline__ void change_columns(uint32_t slice, Sums& sums) {
+    const uint32_t warp = threadIdx.x / 32, tile = row_ / LORAMUX_ROW_TILE;
+    const uint32_t row = row_ % LORAMUX_ROW_TILE + warp / Shape::warp_columns * Shape::rows_of_warp + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (uint32_t c = 0; c < Shape::column_blocks; ++c) {
+      uint32_t column = c * 8 + threadIdx.x % 4 * 2, site = tile_.site, width = Shape::columns_of_warp;
+      if (tile_.paired) {
+        width /= 2;
+        site = column / width;
+        column %= width;
+      }
+      column += tile_.first + warp % Shape::warp_columns * width;
+      if (column >= p_.site[site].out_features) continue;
+#pragma unroll
+      for (uint32_t r = 0; r < Shape::row_blocks * 2; ++r) {
+        float scale[2] = {1.0f, 1.0f}, added[2] = {};
+#pragma unroll 1
+        for (uint32_t entry = p_.tile_entries[tile]; entry < p_.tile_entries[tile + 1]; ++entry) {
+          const SlotChunks& expert = p_.site[site].slots[p_.entry_slots[entry]];
+          const float gate = p_.gates[size_t(entry) * LORAMUX_ROW_TILE + row + r * 8];
+#pragma unroll
+          for (uint32_t i = 0; i < 2; ++i) {
+            if (expert.column_scale != nullptr)
+              scale[i] = fmaf(gate, expert.column_scale[column + i] - 1.0f, scale[i]);
+            if (expert.bias != nullptr) added[i] = fmaf(gate, expert.bias[column + i], added[i]);
+          }
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < 2; ++i) {
+          float& sum = sums.at[r / 2][c][r % 2 * 2 + i];
+          // Spelt out, so that all kernels round alike.
+          sum = fmaf(sum, scale[i], slice == 0 ? added[i] : 0.0f);
+        }
+      }
+    }
   }
 
   // Starts to copy the next block, if there is one, and moves on to the one after it.

@@ -29,8 +29,15 @@ fn pairs_that_do_not_fit_an_arena() {
     let stream = stream();
     let mut arena = ChunkArena::new(&stream, [16, 8], 3, 2, 32).expect("an arena");
     let values = vec![bf16::ONE; 48 * 16];
-    let pair =
-        |rank: usize| LowRank { rank, a: &values[..rank * 16], b: &values[..rank * 8], scale: 1.0, order: 0 };
+    let pair = |rank: usize| LowRank {
+        rank,
+        a: &values[..rank * 16],
+        b: &values[..rank * 8],
+        scale: 1.0,
+        column_scale: None,
+        bias: None,
+        order: 0,
+    };
     let mut bad = vec![bf16::ONE; 16];
     bad[3] = bf16::INFINITY;
     for (slot, pair, wanted) in [
@@ -40,6 +47,12 @@ fn pairs_that_do_not_fit_an_arena() {
         (0, LowRank { b: &values[..9], ..pair(1) }, "B [out, rank] has 9 values, wanted 1 x 8"),
         (0, LowRank { a: &bad, ..pair(1) }, "A [rank, in] has inf at 3, not a finite value"),
         (0, LowRank { scale: f32::NAN, ..pair(1) }, "scale NaN is not finite"),
+        (0, LowRank { bias: Some(&[1.0; 9]), ..pair(1) }, "the bias has 9 values, wanted 8"),
+        (
+            0,
+            LowRank { column_scale: Some(&[f32::NAN; 8]), ..pair(1) },
+            "the column scale has NaN at 0, not a finite value",
+        ),
     ] {
         assert_eq!(arena.load(&stream, slot, &pair).unwrap_err().to_string(), wanted);
     }
@@ -131,7 +144,15 @@ fn a_list_that_does_not_fit_is_cut_off_and_said_to_be() {
     let kernels = LoraKernels::new(device).expect("kernels");
     let mut of_site = site(&stream, 16, 8);
     let values = vec![bf16::ONE; 32 * 16];
-    let pair = LowRank { rank: 32, a: &values, b: &values[..32 * 8], scale: 1.0, order: 0 };
+    let pair = LowRank {
+        rank: 32,
+        a: &values,
+        b: &values[..32 * 8],
+        scale: 1.0,
+        column_scale: None,
+        bias: None,
+        order: 0,
+    };
     of_site.chunks.load(&stream, 0, &pair).expect("two chunks");
     let group = SiteGroup::new(device, vec![of_site], 16, 1).expect("a group");
     let lists = ChunkLists::new(&stream, &[&group]).expect("lists");

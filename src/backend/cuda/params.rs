@@ -72,15 +72,23 @@ pub struct SlotChunks {
     /// nor its neighbours decide in which order a row is summed.
     pub phase: u32,
     pub scale: f32,
+    pub reserved: u32,
+    /// What the expert changes besides: with gate g, the frozen product is multiplied by 1 + g · (column_scale − 1)
+    /// (DoRA), and g · bias is added. [out_features], or null.
+    pub column_scale: u64,
+    pub bias: u64,
 }
 
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SlotChunks"][::std::mem::size_of::<SlotChunks>() - 12usize];
-    ["Alignment of SlotChunks"][::std::mem::align_of::<SlotChunks>() - 4usize];
+    ["Size of SlotChunks"][::std::mem::size_of::<SlotChunks>() - 32usize];
+    ["Alignment of SlotChunks"][::std::mem::align_of::<SlotChunks>() - 8usize];
     ["Offset of field: SlotChunks::count"][::std::mem::offset_of!(SlotChunks, count) - 0usize];
     ["Offset of field: SlotChunks::phase"][::std::mem::offset_of!(SlotChunks, phase) - 4usize];
     ["Offset of field: SlotChunks::scale"][::std::mem::offset_of!(SlotChunks, scale) - 8usize];
+    ["Offset of field: SlotChunks::reserved"][::std::mem::offset_of!(SlotChunks, reserved) - 12usize];
+    ["Offset of field: SlotChunks::column_scale"][::std::mem::offset_of!(SlotChunks, column_scale) - 16usize];
+    ["Offset of field: SlotChunks::bias"][::std::mem::offset_of!(SlotChunks, bias) - 24usize];
 };
 
 /// Where one site's chunks are looked up.
@@ -219,6 +227,8 @@ pub struct GemmSite {
     pub bias: u64,
     /// Arena [chunk][out_features][16].
     pub b: u64,
+    /// [slots]
+    pub slots: u64,
     pub out_features: u32,
     /// Where the site's outputs start in a row of y.
     pub y_column: u32,
@@ -226,13 +236,14 @@ pub struct GemmSite {
 
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of GemmSite"][::std::mem::size_of::<GemmSite>() - 32usize];
+    ["Size of GemmSite"][::std::mem::size_of::<GemmSite>() - 40usize];
     ["Alignment of GemmSite"][::std::mem::align_of::<GemmSite>() - 8usize];
     ["Offset of field: GemmSite::weight"][::std::mem::offset_of!(GemmSite, weight) - 0usize];
     ["Offset of field: GemmSite::bias"][::std::mem::offset_of!(GemmSite, bias) - 8usize];
     ["Offset of field: GemmSite::b"][::std::mem::offset_of!(GemmSite, b) - 16usize];
-    ["Offset of field: GemmSite::out_features"][::std::mem::offset_of!(GemmSite, out_features) - 24usize];
-    ["Offset of field: GemmSite::y_column"][::std::mem::offset_of!(GemmSite, y_column) - 28usize];
+    ["Offset of field: GemmSite::slots"][::std::mem::offset_of!(GemmSite, slots) - 24usize];
+    ["Offset of field: GemmSite::out_features"][::std::mem::offset_of!(GemmSite, out_features) - 32usize];
+    ["Offset of field: GemmSite::y_column"][::std::mem::offset_of!(GemmSite, y_column) - 36usize];
 };
 
 #[repr(u32)]
@@ -250,8 +261,8 @@ pub enum Epilogue {
 /// `gemm_rank_ext_*` and `gemm_decode_*`: Y = X · Wᵀ + bias + Σ_chunks V · Bᵀ, all sites of a group.
 ///
 /// The sum of one output is defined by the group alone: K is cut into `slices` runs of K blocks; a slice is summed in
-/// fp32 over ascending k and then over its rank chunks in list order, from zero; slices are added in ascending order;
-/// bias and residual come last; the result is rounded to bf16 once. Both kernels keep to it, so a row's bits depend
+/// fp32 over ascending k, from zero, then changed column by column where experts do that (their biases in slice 0), then
+/// summed over its rank chunks in list order; slices are added in ascending order; bias and residual come last; the result is rounded to bf16 once. Both kernels keep to it, so a row's bits depend
 /// neither on the kernel nor on the other rows.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -273,6 +284,10 @@ pub struct GemmParams {
     pub arrived: u64,
     /// [1]: rows of this step.
     pub rows: u64,
+    /// The step's experts, as in `ChunkListParams` and `ShrinkGateParams`; read only if `changes_columns`.
+    pub tile_entries: u64,
+    pub entry_slots: u64,
+    pub gates: u64,
     pub site: [GemmSite; 4usize],
     pub sites: u32,
     pub slices: u32,
@@ -283,12 +298,13 @@ pub struct GemmParams {
     pub epilogue: u32,
     /// Row tiles that the grid covers.
     pub row_tiles: u32,
-    pub reserved: u32,
+    /// Whether a slot of the group has a column scale or a bias.
+    pub changes_columns: u32,
 }
 
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of GemmParams"][::std::mem::size_of::<GemmParams>() - 232usize];
+    ["Size of GemmParams"][::std::mem::size_of::<GemmParams>() - 288usize];
     ["Alignment of GemmParams"][::std::mem::align_of::<GemmParams>() - 8usize];
     ["Offset of field: GemmParams::x"][::std::mem::offset_of!(GemmParams, x) - 0usize];
     ["Offset of field: GemmParams::y"][::std::mem::offset_of!(GemmParams, y) - 8usize];
@@ -299,13 +315,17 @@ const _: () = {
     ["Offset of field: GemmParams::partials"][::std::mem::offset_of!(GemmParams, partials) - 48usize];
     ["Offset of field: GemmParams::arrived"][::std::mem::offset_of!(GemmParams, arrived) - 56usize];
     ["Offset of field: GemmParams::rows"][::std::mem::offset_of!(GemmParams, rows) - 64usize];
-    ["Offset of field: GemmParams::site"][::std::mem::offset_of!(GemmParams, site) - 72usize];
-    ["Offset of field: GemmParams::sites"][::std::mem::offset_of!(GemmParams, sites) - 200usize];
-    ["Offset of field: GemmParams::slices"][::std::mem::offset_of!(GemmParams, slices) - 204usize];
-    ["Offset of field: GemmParams::in_features"][::std::mem::offset_of!(GemmParams, in_features) - 208usize];
-    ["Offset of field: GemmParams::x_stride"][::std::mem::offset_of!(GemmParams, x_stride) - 212usize];
-    ["Offset of field: GemmParams::y_stride"][::std::mem::offset_of!(GemmParams, y_stride) - 216usize];
-    ["Offset of field: GemmParams::epilogue"][::std::mem::offset_of!(GemmParams, epilogue) - 220usize];
-    ["Offset of field: GemmParams::row_tiles"][::std::mem::offset_of!(GemmParams, row_tiles) - 224usize];
-    ["Offset of field: GemmParams::reserved"][::std::mem::offset_of!(GemmParams, reserved) - 228usize];
+    ["Offset of field: GemmParams::tile_entries"][::std::mem::offset_of!(GemmParams, tile_entries) - 72usize];
+    ["Offset of field: GemmParams::entry_slots"][::std::mem::offset_of!(GemmParams, entry_slots) - 80usize];
+    ["Offset of field: GemmParams::gates"][::std::mem::offset_of!(GemmParams, gates) - 88usize];
+    ["Offset of field: GemmParams::site"][::std::mem::offset_of!(GemmParams, site) - 96usize];
+    ["Offset of field: GemmParams::sites"][::std::mem::offset_of!(GemmParams, sites) - 256usize];
+    ["Offset of field: GemmParams::slices"][::std::mem::offset_of!(GemmParams, slices) - 260usize];
+    ["Offset of field: GemmParams::in_features"][::std::mem::offset_of!(GemmParams, in_features) - 264usize];
+    ["Offset of field: GemmParams::x_stride"][::std::mem::offset_of!(GemmParams, x_stride) - 268usize];
+    ["Offset of field: GemmParams::y_stride"][::std::mem::offset_of!(GemmParams, y_stride) - 272usize];
+    ["Offset of field: GemmParams::epilogue"][::std::mem::offset_of!(GemmParams, epilogue) - 276usize];
+    ["Offset of field: GemmParams::row_tiles"][::std::mem::offset_of!(GemmParams, row_tiles) - 280usize];
+    ["Offset of field: GemmParams::changes_columns"]
+        [::std::mem::offset_of!(GemmParams, changes_columns) - 284usize];
 };

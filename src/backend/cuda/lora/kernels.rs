@@ -394,12 +394,16 @@ fn gemm_params(
         partials: step.scratch.partials.address(),
         arrived: step.scratch.arrived.address(),
         rows: step.work.rows_address(),
+        tile_entries: step.work.tile_entries_address(),
+        entry_slots: step.work.entry_slots_address(),
+        gates: step.work.gates_address(),
         sites: widths.len() as u32,
         slices: group.slices() as u32,
         in_features: group.in_features() as u32,
         x_stride: x.stride as u32,
         y_stride: y.stride as u32,
         row_tiles: step.row_bound.div_ceil(ROW_TILE) as u32,
+        changes_columns: group.sites().iter().any(|site| site.chunks.changes_columns()).into(),
         ..Zeroable::zeroed()
     };
     to.epilogue = match epilogue {
@@ -417,6 +421,7 @@ fn gemm_params(
             weight: site.weight.address(),
             bias: site.bias.as_ref().map_or(0, DeviceBuffer::address),
             b: site.chunks.b(),
+            slots: site.chunks.slots().address(),
             out_features: site.chunks.out_features() as u32,
             y_column: column,
         };
