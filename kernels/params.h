@@ -178,7 +178,8 @@ struct GemmParams {
   // null for a group without adapters.
   DEVICE(const struct RankChunk) chunks;
   DEVICE(const uint32_t) starts;
-  // Where slices are spread over thread blocks: partial sums [tiles][slices][rows of the tile][columns of the tile].
+  // With more than one slice, partial sums. Where slices are spread over thread blocks: [tiles][slices][rows of the
+  // tile][columns of the tile]; where a thread block has them all: as much for each thread block.
   DEVICE(float) partials;
   // [tiles]: slices that have arrived; zero before the first launch and after every launch.
   DEVICE(uint32_t) arrived;
@@ -196,10 +197,12 @@ struct GemmParams {
   uint32_t y_stride;
   // enum Epilogue
   uint32_t epilogue;
-  // Row tiles that the grid covers.
+  // Tiles of `gemm_rank_ext` and `gemm_rank_ext_sliced`.
   uint32_t row_tiles;
+  uint32_t column_tiles;
   // Whether a slot of the group has a column scale or a bias.
   uint32_t changes_columns;
+  uint32_t reserved;
 };
 
 #if defined(__cplusplus) && !defined(LORAMUX_BINDGEN)

@@ -64,7 +64,7 @@ static_assert(offsetof(GemmSite, slots) == 24, "GemmSite::slots");
 static_assert(offsetof(GemmSite, out_features) == 32, "GemmSite::out_features");
 static_assert(offsetof(GemmSite, y_column) == 36, "GemmSite::y_column");
 
-static_assert(sizeof(GemmParams) == 288, "GemmParams");
+static_assert(sizeof(GemmParams) == 296, "GemmParams");
 static_assert(alignof(GemmParams) == 8, "GemmParams");
 static_assert(offsetof(GemmParams, x) == 0, "GemmParams::x");
 static_assert(offsetof(GemmParams, y) == 8, "GemmParams::y");
@@ -86,4 +86,6 @@ static_assert(offsetof(GemmParams, x_stride) == 268, "GemmParams::x_stride");
 static_assert(offsetof(GemmParams, y_stride) == 272, "GemmParams::y_stride");
 static_assert(offsetof(GemmParams, epilogue) == 276, "GemmParams::epilogue");
 static_assert(offsetof(GemmParams, row_tiles) == 280, "GemmParams::row_tiles");
-static_assert(offsetof(GemmParams, changes_columns) == 284, "GemmParams::changes_columns");
+static_assert(offsetof(GemmParams, column_tiles) == 284, "GemmParams::column_tiles");
+static_assert(offsetof(GemmParams, changes_columns) == 288, "GemmParams::changes_columns");
+static_assert(offsetof(GemmParams, reserved) == 292, "GemmParams::reserved");

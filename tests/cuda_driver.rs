@@ -89,7 +89,9 @@ impl Lists {
         let chunk_ids = numbers(&[0; CHUNKS]);
         let chunks = DeviceBuffer::new(device, CHUNKS, "chunks").unwrap();
         let slots = DeviceBuffer::new(device, 1, "slots").unwrap();
-        stream.upload(&[SlotChunks { count: CHUNKS as u32, phase: 0, scale: 0.5 }], &slots).unwrap();
+        stream
+            .upload(&[SlotChunks { count: CHUNKS as u32, scale: 0.5, ..Zeroable::zeroed() }], &slots)
+            .unwrap();
         let (starts, rows, tile_entries, entry_slots, overflow) =
             (numbers(&[0; 2]), numbers(&[1]), numbers(&[0, 1]), numbers(&[0]), numbers(&[0]));
         let mut group = ChunkListGroup {

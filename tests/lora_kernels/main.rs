@@ -194,6 +194,20 @@ fn k_in_slices() {
     }
 }
 
+/// Thread blocks that park the sums of slices take several tiles each: the emulator runs eight at once.
+#[test]
+fn more_tiles_than_thread_blocks() {
+    let random = &mut Random(13);
+    let group = Group::new(random, 1024, &[264, 264], false, &same_ranks(&[16, 33], 2));
+    let batch = Batch::new(random, &group, Output::Store, runs(&[(Some(0), 60), (None, 10), (Some(1), 61)]));
+    under_thread_orders(2, || {
+        let on_device = OnDevice::new(&group, in_order(2), batch.rows());
+        assert_eq!(on_device.slices(), 2);
+        let y = on_device.run(&group, &batch, Output::Store, ProductKernel::RankExt);
+        assert_close(&group, &batch, Output::Store, &y);
+    });
+}
+
 /// Promise 3, for the kernels: rows in a batch, alone, at other places, among others and by the other kernel have the
 /// same bits, wherever their adapters are loaded.
 #[test]

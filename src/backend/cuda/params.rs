@@ -278,7 +278,8 @@ pub struct GemmParams {
     /// null for a group without adapters.
     pub chunks: u64,
     pub starts: u64,
-    /// Where slices are spread over thread blocks: partial sums [tiles][slices][rows of the tile][columns of the tile].
+    /// With more than one slice, partial sums. Where slices are spread over thread blocks: [tiles][slices][rows of the
+    /// tile][columns of the tile]; where a thread block has them all: as much for each thread block.
     pub partials: u64,
     /// [tiles]: slices that have arrived; zero before the first launch and after every launch.
     pub arrived: u64,
@@ -296,15 +297,17 @@ pub struct GemmParams {
     pub y_stride: u32,
     /// enum Epilogue
     pub epilogue: u32,
-    /// Row tiles that the grid covers.
+    /// Tiles of `gemm_rank_ext` and `gemm_rank_ext_sliced`.
     pub row_tiles: u32,
+    pub column_tiles: u32,
     /// Whether a slot of the group has a column scale or a bias.
     pub changes_columns: u32,
+    pub reserved: u32,
 }
 
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of GemmParams"][::std::mem::size_of::<GemmParams>() - 288usize];
+    ["Size of GemmParams"][::std::mem::size_of::<GemmParams>() - 296usize];
     ["Alignment of GemmParams"][::std::mem::align_of::<GemmParams>() - 8usize];
     ["Offset of field: GemmParams::x"][::std::mem::offset_of!(GemmParams, x) - 0usize];
     ["Offset of field: GemmParams::y"][::std::mem::offset_of!(GemmParams, y) - 8usize];
@@ -326,6 +329,9 @@ const _: () = {
     ["Offset of field: GemmParams::y_stride"][::std::mem::offset_of!(GemmParams, y_stride) - 272usize];
     ["Offset of field: GemmParams::epilogue"][::std::mem::offset_of!(GemmParams, epilogue) - 276usize];
     ["Offset of field: GemmParams::row_tiles"][::std::mem::offset_of!(GemmParams, row_tiles) - 280usize];
+    ["Offset of field: GemmParams::column_tiles"]
+        [::std::mem::offset_of!(GemmParams, column_tiles) - 284usize];
     ["Offset of field: GemmParams::changes_columns"]
-        [::std::mem::offset_of!(GemmParams, changes_columns) - 284usize];
+        [::std::mem::offset_of!(GemmParams, changes_columns) - 288usize];
+    ["Offset of field: GemmParams::reserved"][::std::mem::offset_of!(GemmParams, reserved) - 292usize];
 };

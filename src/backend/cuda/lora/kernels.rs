@@ -19,6 +19,9 @@ use super::{SiteGroup, WorkList};
 /// Most rows of a decode product.
 const DECODE_ROWS: usize = 64;
 
+/// Thread blocks of `gemm_rank_ext` that an SM holds.
+const GEMM_BLOCKS: usize = 2;
+
 /// Thread blocks of `shrink_gate` that an SM holds.
 const SHRINK_BLOCKS: usize = 2;
 
@@ -81,7 +84,7 @@ impl Scratch {
             slices => {
                 let decode =
                     column_tiles(group, GEMM_DECODE_COLUMNS, false) * DECODE_ROWS * GEMM_DECODE_COLUMNS;
-                slices * decode.max(multiprocessors * ROW_TILE * GEMM_RANK_EXT_COLUMNS)
+                slices * decode.max(GEMM_BLOCKS * multiprocessors * ROW_TILE * GEMM_RANK_EXT_COLUMNS)
             }
         });
         let scratch = Self {
@@ -238,7 +241,6 @@ impl LoraKernels {
     ) -> Result<(), CudaError> {
         let params = gemm_params(group, x, y, epilogue, step)?;
         let tiles = gemm_tiles(group, epilogue, step.row_bound);
-        let columns = tiles / step.row_bound.div_ceil(ROW_TILE).max(1);
         let slices = params.slices;
         let (kernel, grid, threads, shared_bytes) = match kernel {
             ProductKernel::Decode => {
@@ -251,15 +253,19 @@ impl LoraKernels {
                 (&decode.kernel, [tiles as u32, slices, 1], GEMM_DECODE_THREADS, decode.shared_bytes)
             }
             ProductKernel::RankExt => {
-                let kernel = if slices == 1 { &self.gemm_rank_ext } else { &self.gemm_rank_ext_sliced };
-                (kernel, [tiles as u32, 1, 1], GEMM_RANK_EXT_THREADS, GEMM_RANK_EXT_SHARED_BYTES)
+                // One that parks its sums has memory for as many thread blocks as run at once.
+                let (kernel, blocks) = match slices {
+                    1 => (&self.gemm_rank_ext, tiles),
+                    _ => (&self.gemm_rank_ext_sliced, tiles.min(GEMM_BLOCKS * self.multiprocessors)),
+                };
+                (kernel, [blocks as u32, 1, 1], GEMM_RANK_EXT_THREADS, GEMM_RANK_EXT_SHARED_BYTES)
             }
             ProductKernel::RankExtSplit if slices > 1 && tiles > self.multiprocessors => {
                 let most = self.multiprocessors;
                 return Err(CudaError::Shape(format!("{tiles} tiles in slices, at most {most}")));
             }
             ProductKernel::RankExtSplit => {
-                let grid = [columns as u32, slices, params.row_tiles];
+                let grid = [params.column_tiles, slices, params.row_tiles];
                 (&self.gemm_rank_ext_split, grid, GEMM_RANK_EXT_THREADS, GEMM_RANK_EXT_SHARED_BYTES)
             }
         };
@@ -403,6 +409,7 @@ fn gemm_params(
         x_stride: x.stride as u32,
         y_stride: y.stride as u32,
         row_tiles: step.row_bound.div_ceil(ROW_TILE) as u32,
+        column_tiles: column_tiles(group, GEMM_RANK_EXT_COLUMNS, matches!(epilogue, Epilogue::SwiGlu)) as u32,
         changes_columns: group.sites().iter().any(|site| site.chunks.changes_columns()).into(),
         ..Zeroable::zeroed()
     };
