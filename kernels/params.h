@@ -22,6 +22,8 @@ struct bf16;
 #define LORAMUX_MAX_SITES 4
 // Most K slices of a site group.
 #define LORAMUX_MAX_SLICES 8
+// Most K slices of V.
+#define LORAMUX_MAX_SHRINK_SLICES 8
 // K is cut into slices between blocks of this many elements.
 #define LORAMUX_K_BLOCK 64
 
@@ -31,12 +33,12 @@ struct bf16;
 #define LORAMUX_SHRINK_GATE_16_ROWS 16
 #define LORAMUX_SHRINK_GATE_16_CHUNKS 1
 #define LORAMUX_SHRINK_GATE_16_THREADS 128
-#define LORAMUX_SHRINK_GATE_16_SHARED_BYTES 98304
+#define LORAMUX_SHRINK_GATE_16_SHARED_BYTES 99328
 // `shrink_gate_64`, for many rows.
 #define LORAMUX_SHRINK_GATE_64_ROWS 64
 #define LORAMUX_SHRINK_GATE_64_CHUNKS 4
 #define LORAMUX_SHRINK_GATE_64_THREADS 256
-#define LORAMUX_SHRINK_GATE_64_SHARED_BYTES 73728
+#define LORAMUX_SHRINK_GATE_64_SHARED_BYTES 92160
 // `gemm_rank_ext_*`: tiles of LORAMUX_ROW_TILE rows.
 #define LORAMUX_GEMM_RANK_EXT_COLUMNS 128
 #define LORAMUX_GEMM_RANK_EXT_THREADS 256
@@ -128,11 +130,16 @@ struct ShrinkGateParams {
   DEVICE(const struct bf16) a[LORAMUX_MAX_SITES];
   // [1]: rows of this step.
   DEVICE(const uint32_t) rows;
+  // `shrink_gate_16` with more than one slice: partial sums [v blocks][slices][LORAMUX_ROW_TILE][16].
+  DEVICE(float) partials;
+  // Likewise [v blocks][LORAMUX_ROW_TILE / 16]: slices that have arrived; zero before and after every launch.
+  DEVICE(uint32_t) arrived;
   uint32_t in_features;
   uint32_t x_stride;
-  // Cells of a row tile: slices · sites.
+  // K slices of V: not those of the products.
+  uint32_t slices;
+  // Cells of a row tile in the chunk list: the products' slices · sites.
   uint32_t cells;
-  uint32_t reserved;
 };
 
 // One linear layer of a group.

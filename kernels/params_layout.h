@@ -41,7 +41,7 @@ static_assert(offsetof(ChunkListParams, tile_entries) == 16, "ChunkListParams::t
 static_assert(offsetof(ChunkListParams, entry_slots) == 24, "ChunkListParams::entry_slots");
 static_assert(offsetof(ChunkListParams, overflow) == 32, "ChunkListParams::overflow");
 
-static_assert(sizeof(ShrinkGateParams) == 96, "ShrinkGateParams");
+static_assert(sizeof(ShrinkGateParams) == 112, "ShrinkGateParams");
 static_assert(alignof(ShrinkGateParams) == 8, "ShrinkGateParams");
 static_assert(offsetof(ShrinkGateParams, x) == 0, "ShrinkGateParams::x");
 static_assert(offsetof(ShrinkGateParams, v) == 8, "ShrinkGateParams::v");
@@ -50,10 +50,12 @@ static_assert(offsetof(ShrinkGateParams, chunks) == 24, "ShrinkGateParams::chunk
 static_assert(offsetof(ShrinkGateParams, starts) == 32, "ShrinkGateParams::starts");
 static_assert(offsetof(ShrinkGateParams, a) == 40, "ShrinkGateParams::a");
 static_assert(offsetof(ShrinkGateParams, rows) == 72, "ShrinkGateParams::rows");
-static_assert(offsetof(ShrinkGateParams, in_features) == 80, "ShrinkGateParams::in_features");
-static_assert(offsetof(ShrinkGateParams, x_stride) == 84, "ShrinkGateParams::x_stride");
-static_assert(offsetof(ShrinkGateParams, cells) == 88, "ShrinkGateParams::cells");
-static_assert(offsetof(ShrinkGateParams, reserved) == 92, "ShrinkGateParams::reserved");
+static_assert(offsetof(ShrinkGateParams, partials) == 80, "ShrinkGateParams::partials");
+static_assert(offsetof(ShrinkGateParams, arrived) == 88, "ShrinkGateParams::arrived");
+static_assert(offsetof(ShrinkGateParams, in_features) == 96, "ShrinkGateParams::in_features");
+static_assert(offsetof(ShrinkGateParams, x_stride) == 100, "ShrinkGateParams::x_stride");
+static_assert(offsetof(ShrinkGateParams, slices) == 104, "ShrinkGateParams::slices");
+static_assert(offsetof(ShrinkGateParams, cells) == 108, "ShrinkGateParams::cells");
 
 static_assert(sizeof(GemmSite) == 40, "GemmSite");
 static_assert(alignof(GemmSite) == 8, "GemmSite");

@@ -9,8 +9,8 @@
 // Columns of a tile belong to one site; for SwiGLU half of every warp's columns are gates and the other half the same
 // columns of up, so that a pair meets in one tile.
 #pragma once
-#include <bf16.cuh>
 #include <device.cuh>
+#include <eight.cuh>
 #include <tile.cuh>
 
 // `warp_rows` x 4 warps, each with sums of `row_blocks` x `column_blocks` blocks of 16x8.
@@ -291,20 +291,6 @@ class Product {
   uint32_t read_stage_ = 0;
 };
 
-struct Eight {
-  float at[8];
-};
-
-__device__ __forceinline__ Eight read_eight(const float* from) {
-  const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
-  return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
-}
-
-__device__ __forceinline__ void add(Eight& to, const Eight& other) {
-#pragma unroll
-  for (uint32_t i = 0; i < 8; ++i) to.at[i] += other.at[i];
-}
-
 __device__ __forceinline__ void add_bias(Eight& to, const GemmSite& site, uint32_t column) {
   if (site.bias != nullptr) add(to, read_eight(site.bias + column));
 }
@@ -339,18 +325,10 @@ __device__ __forceinline__ void write_outputs(const GemmParams& p, const ColumnT
       value = sums(row, piece * piece_values);
       add_bias(value, site, column);
       if (p.epilogue == LORAMUX_ADD_RESIDUAL) {
-        const uint4 residual = *reinterpret_cast<const uint4*>(p.residual + output);
-        const uint32_t pairs[4] = {residual.x, residual.y, residual.z, residual.w};
-#pragma unroll
-        for (uint32_t j = 0; j < 4; ++j) {
-          value.at[j * 2] += low_float(pairs[j]);
-          value.at[j * 2 + 1] += high_float(pairs[j]);
-        }
+        add(value, unpack(*reinterpret_cast<const uint4*>(p.residual + output)));
       }
     }
-    *reinterpret_cast<uint4*>(p.y + output) =
-        make_uint4(ptx::pack_bf16(value.at[0], value.at[1]), ptx::pack_bf16(value.at[2], value.at[3]),
-                   ptx::pack_bf16(value.at[4], value.at[5]), ptx::pack_bf16(value.at[6], value.at[7]));
+    *reinterpret_cast<uint4*>(p.y + output) = pack(value);
   }
 }
 

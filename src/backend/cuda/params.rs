@@ -12,6 +12,8 @@ pub const ROW_TILE: usize = 128;
 pub const MAX_SITES: usize = 4;
 /// Most K slices of a site group.
 pub const MAX_SLICES: usize = 8;
+/// Most K slices of V.
+pub const MAX_SHRINK_SLICES: usize = 8;
 /// K is cut into slices between blocks of this many elements.
 pub const K_BLOCK: usize = 64;
 /// Launch geometry of the kernels whose names begin so. The kernels assert that it is theirs.
@@ -20,12 +22,12 @@ pub const CHUNK_LISTS_THREADS: usize = 256;
 pub const SHRINK_GATE_16_ROWS: usize = 16;
 pub const SHRINK_GATE_16_CHUNKS: usize = 1;
 pub const SHRINK_GATE_16_THREADS: usize = 128;
-pub const SHRINK_GATE_16_SHARED_BYTES: usize = 98304;
+pub const SHRINK_GATE_16_SHARED_BYTES: usize = 99328;
 /// `shrink_gate_64`, for many rows.
 pub const SHRINK_GATE_64_ROWS: usize = 64;
 pub const SHRINK_GATE_64_CHUNKS: usize = 4;
 pub const SHRINK_GATE_64_THREADS: usize = 256;
-pub const SHRINK_GATE_64_SHARED_BYTES: usize = 73728;
+pub const SHRINK_GATE_64_SHARED_BYTES: usize = 92160;
 /// `gemm_rank_ext_*`: tiles of ROW_TILE rows.
 pub const GEMM_RANK_EXT_COLUMNS: usize = 128;
 pub const GEMM_RANK_EXT_THREADS: usize = 256;
@@ -190,16 +192,21 @@ pub struct ShrinkGateParams {
     pub a: [u64; 4usize],
     /// [1]: rows of this step.
     pub rows: u64,
+    /// `shrink_gate_16` with more than one slice: partial sums [v blocks][slices][ROW_TILE][16].
+    pub partials: u64,
+    /// Likewise [v blocks][ROW_TILE / 16]: slices that have arrived; zero before and after every launch.
+    pub arrived: u64,
     pub in_features: u32,
     pub x_stride: u32,
-    /// Cells of a row tile: slices · sites.
+    /// K slices of V: not those of the products.
+    pub slices: u32,
+    /// Cells of a row tile in the chunk list: the products' slices · sites.
     pub cells: u32,
-    pub reserved: u32,
 }
 
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ShrinkGateParams"][::std::mem::size_of::<ShrinkGateParams>() - 96usize];
+    ["Size of ShrinkGateParams"][::std::mem::size_of::<ShrinkGateParams>() - 112usize];
     ["Alignment of ShrinkGateParams"][::std::mem::align_of::<ShrinkGateParams>() - 8usize];
     ["Offset of field: ShrinkGateParams::x"][::std::mem::offset_of!(ShrinkGateParams, x) - 0usize];
     ["Offset of field: ShrinkGateParams::v"][::std::mem::offset_of!(ShrinkGateParams, v) - 8usize];
@@ -208,13 +215,17 @@ const _: () = {
     ["Offset of field: ShrinkGateParams::starts"][::std::mem::offset_of!(ShrinkGateParams, starts) - 32usize];
     ["Offset of field: ShrinkGateParams::a"][::std::mem::offset_of!(ShrinkGateParams, a) - 40usize];
     ["Offset of field: ShrinkGateParams::rows"][::std::mem::offset_of!(ShrinkGateParams, rows) - 72usize];
+    ["Offset of field: ShrinkGateParams::partials"]
+        [::std::mem::offset_of!(ShrinkGateParams, partials) - 80usize];
+    ["Offset of field: ShrinkGateParams::arrived"]
+        [::std::mem::offset_of!(ShrinkGateParams, arrived) - 88usize];
     ["Offset of field: ShrinkGateParams::in_features"]
-        [::std::mem::offset_of!(ShrinkGateParams, in_features) - 80usize];
+        [::std::mem::offset_of!(ShrinkGateParams, in_features) - 96usize];
     ["Offset of field: ShrinkGateParams::x_stride"]
-        [::std::mem::offset_of!(ShrinkGateParams, x_stride) - 84usize];
-    ["Offset of field: ShrinkGateParams::cells"][::std::mem::offset_of!(ShrinkGateParams, cells) - 88usize];
-    ["Offset of field: ShrinkGateParams::reserved"]
-        [::std::mem::offset_of!(ShrinkGateParams, reserved) - 92usize];
+        [::std::mem::offset_of!(ShrinkGateParams, x_stride) - 100usize];
+    ["Offset of field: ShrinkGateParams::slices"]
+        [::std::mem::offset_of!(ShrinkGateParams, slices) - 104usize];
+    ["Offset of field: ShrinkGateParams::cells"][::std::mem::offset_of!(ShrinkGateParams, cells) - 108usize];
 };
 
 /// One linear layer of a group.

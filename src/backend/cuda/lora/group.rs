@@ -8,13 +8,16 @@ use half::bf16;
 
 use super::super::params::{
     CHUNK_LISTS_THREADS, ChunkListGroup, ChunkListParams, ChunkListSite, GEMM_DECODE_COLUMNS, K_BLOCK,
-    MAX_SITES, MAX_SLICES, ROW_TILE, RankChunk,
+    MAX_SHRINK_SLICES, MAX_SITES, MAX_SLICES, ROW_TILE, RankChunk,
 };
 use super::super::{CudaError, Device, DeviceBuffer, Launch, Stream};
 use super::{ChunkArena, LoraKernels, WorkList};
 
 /// Thread blocks that a decode product should at least have: about one for each multiprocessor of a large GPU.
 const THREAD_BLOCKS: usize = 128;
+
+/// Least values of a slice of K when V is computed.
+const SHRINK_SLICE: usize = 1024;
 
 /// K blocks that are worth a slice of their own.
 const BLOCKS_PER_SLICE: usize = 8;
@@ -27,6 +30,12 @@ pub fn k_slices(in_features: usize, out_features: impl IntoIterator<Item = usize
     let tiles: usize = out_features.into_iter().map(|width| width.div_ceil(GEMM_DECODE_COLUMNS)).sum();
     let blocks = in_features.div_ceil(K_BLOCK);
     THREAD_BLOCKS.div_ceil(tiles.max(1)).min(blocks / BLOCKS_PER_SLICE).clamp(1, MAX_SLICES)
+}
+
+/// Into how many slices K is cut when V is computed: a property of its length alone, and with it of every sum. Slices of
+/// 1024 values or more, each of which keeps a multiprocessor busy for about as long as a launch takes.
+pub fn shrink_slices(in_features: usize) -> usize {
+    (in_features / SHRINK_SLICE).clamp(1, MAX_SHRINK_SLICES)
 }
 
 /// One frozen linear layer and its experts.

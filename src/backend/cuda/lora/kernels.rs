@@ -14,10 +14,13 @@ use super::super::params::{
     ShrinkGateParams,
 };
 use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Kernel, Launch, Stream};
-use super::{SiteGroup, WorkList};
+use super::{SiteGroup, WorkList, shrink_slices};
 
 /// Most rows of a decode product.
 const DECODE_ROWS: usize = 64;
+
+/// Most rows whose V is better spread over K slices than read once for several chunks.
+const SPLIT_SHRINK_ROWS: usize = 512;
 
 /// Thread blocks of `gemm_rank_ext` that an SM holds.
 const GEMM_BLOCKS: usize = 2;
@@ -66,6 +69,8 @@ pub struct Scratch {
     v: DeviceBuffer<bf16>,
     partials: DeviceBuffer<f32>,
     arrived: DeviceBuffer<u32>,
+    shrink_partials: DeviceBuffer<f32>,
+    shrink_arrived: DeviceBuffer<u32>,
 }
 
 impl Scratch {
@@ -87,12 +92,20 @@ impl Scratch {
                 slices * decode.max(GEMM_BLOCKS * multiprocessors * ROW_TILE * GEMM_RANK_EXT_COLUMNS)
             }
         });
+        let shrink_partials = most(&|group| match shrink_slices(group.in_features()) {
+            1 => 0,
+            slices => group.capacity() * slices * ROW_TILE * RANK_CHUNK,
+        });
+        let parts = most(&|group| group.capacity()) * (ROW_TILE / SHRINK_GATE_16_ROWS);
         let scratch = Self {
             v: DeviceBuffer::new(device, v, "V")?,
             partials: DeviceBuffer::new(device, partials, "partial sums")?,
             arrived: DeviceBuffer::new(device, tiles, "counters of partial sums")?,
+            shrink_partials: DeviceBuffer::new(device, shrink_partials, "partial sums of V")?,
+            shrink_arrived: DeviceBuffer::new(device, parts, "counters of partial sums of V")?,
         };
         stream.upload(&vec![0; tiles], &scratch.arrived)?;
+        stream.upload(&vec![0; parts], &scratch.shrink_arrived)?;
         Ok(scratch)
     }
 
@@ -128,9 +141,9 @@ pub enum ProductKernel {
 /// How V is spread over the device. It decides the time, not the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShrinkKernel {
-    /// `shrink_gate_16`: 16 rows and one rank chunk for each thread block.
+    /// `shrink_gate_16`: 16 rows, one rank chunk and one K slice for each thread block.
     Rows16,
-    /// `shrink_gate_64`: 64 rows and four rank chunks.
+    /// `shrink_gate_64`: 64 rows, four rank chunks and the whole of K.
     Rows64,
 }
 
@@ -195,7 +208,7 @@ impl LoraKernels {
         x: Matrix<'_>,
         step: &Step<'_>,
     ) -> Result<(), CudaError> {
-        let few = step.row_bound <= DECODE_ROWS;
+        let few = step.row_bound <= SPLIT_SHRINK_ROWS;
         let kernel = if few { ShrinkKernel::Rows16 } else { ShrinkKernel::Rows64 };
         self.shrink_gate_by(kernel, stream, group, x, step)
     }
@@ -302,21 +315,26 @@ impl LoraKernels {
             chunks: group.list().address(),
             starts: group.starts().address(),
             rows: step.work.rows_address(),
+            partials: step.scratch.shrink_partials.address(),
+            arrived: step.scratch.shrink_arrived.address(),
             in_features: group.in_features() as u32,
             x_stride: x.stride as u32,
+            slices: shrink_slices(group.in_features()) as u32,
             cells: (group.slices() * group.sites().len()) as u32,
             ..Zeroable::zeroed()
         };
         for (a, site) in params.a.iter_mut().zip(group.sites()) {
             *a = site.chunks.a();
         }
-        let (kernel, rows, chunks, threads, shared_bytes) = match kernel {
+        let (kernel, rows, chunks, slices, threads, shared_bytes) = match kernel {
             ShrinkKernel::Rows16 => {
+                let slices = params.slices as usize;
                 let bytes = SHRINK_GATE_16_SHARED_BYTES;
                 (
                     &self.shrink_gate_16,
                     SHRINK_GATE_16_ROWS,
                     SHRINK_GATE_16_CHUNKS,
+                    slices,
                     SHRINK_GATE_16_THREADS,
                     bytes,
                 )
@@ -327,6 +345,7 @@ impl LoraKernels {
                     &self.shrink_gate_64,
                     SHRINK_GATE_64_ROWS,
                     SHRINK_GATE_64_CHUNKS,
+                    1,
                     SHRINK_GATE_64_THREADS,
                     bytes,
                 )
@@ -335,11 +354,11 @@ impl LoraKernels {
         let parts = step.row_bound.div_ceil(rows);
         // Thread blocks beside each other share a tile's chunks; as many as the device holds at once.
         let most = group.capacity().div_ceil(chunks).max(1);
-        let beside = (SHRINK_BLOCKS * self.multiprocessors / parts).clamp(1, most);
+        let beside = (SHRINK_BLOCKS * self.multiprocessors / (parts * slices)).clamp(1, most);
         let launch = Launch {
             shared_bytes: shared_bytes as u32,
             overlap_previous: step.overlap,
-            ..Launch::new([parts as u32, beside as u32, 1], threads as u32)
+            ..Launch::new([parts as u32, beside as u32, slices as u32], threads as u32)
         };
         // SAFETY: X has been checked; V, lists and gates are sized by the group and the work list.
         unsafe { stream.launch(kernel, &launch, &params) }
