@@ -146,6 +146,8 @@ impl Layers {
                     b: &numbers[slot * 8..][..rank * arena.out_features()],
                     scale: 2.0,
                     order: order_of(slot as u32),
+                    column_scale: None,
+                    bias: None,
                 };
                 arena.load(&self.stream, slot, &pair)?;
             }

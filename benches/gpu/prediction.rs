@@ -2,19 +2,21 @@
 //! that a measurement far off in either direction is noticed and explained.
 //!
 //! - Memory moves 3.0 TB/s, the rate of a copy. Whatever a launch reads or writes once goes at this rate.
-//! - `mma.sync` reaches 62 % of the 989 TFLOP/s that `wgmma` has. A multiprocessor with one thread block of
-//!   `gemm_rank_ext` instead of two has nothing to do while that block waits at its barrier: 45 %. Decode kernels
-//!   multiply small tiles: 25 %.
+//! - `mma.sync` reaches 62 % of the 989 TFLOP/s that `wgmma` has. Where a wave leaves a multiprocessor one thread block
+//!   of `gemm_rank_ext` instead of two, it has nothing to do while that block waits at its barrier: 45 %. Decode
+//!   kernels multiply small tiles: 25 %.
 //! - A multiprocessor takes 80 GB/s from L2: 47 bytes a clock at 1.7 GHz.
 //! - A load takes 0.7 µs under load: a thread block cannot take more than its stages in flight in that time.
 //! - A launch costs 2 µs beside its work: the tail of one grid and the start of the next, partly overlapped.
 //! - A wave of thread blocks fills its pipelines once: 1 µs; and `gemm_rank_ext` writes its tiles at the end: 1 µs more.
 //!   Two thread blocks on a multiprocessor hide half of that.
-//! - Partial sums of K slices in thread blocks of their own are written to L2 and read back by the last to arrive.
+//! - Partial sums of K slices are written to L2 and read back, by the thread block that has all slices of a tile or by
+//!   the last of several to arrive. Each further slice of a thread block fills its pipelines again, half hidden.
 //! - Waves are whole: with 132 multiprocessors, a grid of 133 thread blocks at one each takes two.
 
 use std::fmt::Write as _;
 
+use loramux::backend::cuda::lora::{ShrinkKernel, shrink_slices};
 use loramux::backend::cuda::params::{
     GEMM_DECODE_COLUMNS, GEMM_RANK_EXT_COLUMNS, RANK_CHUNK, ROW_TILE, SHRINK_GATE_16_CHUNKS,
     SHRINK_GATE_16_ROWS, SHRINK_GATE_16_SHARED_BYTES, SHRINK_GATE_64_CHUNKS, SHRINK_GATE_64_ROWS,
@@ -107,19 +109,21 @@ fn chunks_of_tile(group: &Group, batch: &Batch) -> f64 {
 fn gemm(group: &Group, batch: &Batch, memory: f64) -> Prediction {
     let row_tiles = batch.rows.div_ceil(ROW_TILE);
     let tiles = row_tiles * column_tiles(group, GEMM_RANK_EXT_COLUMNS);
-    // Few tiles: a thread block for each slice. Otherwise the sums and totals of a sliced K fill the registers, and a
-    // multiprocessor has room for one thread block.
+    // Few tiles: a thread block for each slice. Otherwise a thread block has all of them and parks their sums.
     let split = if tiles <= MULTIPROCESSORS { group.slices() } else { 1 };
-    let (blocks, resident) = (tiles * split, if group.slices() == split { 2 } else { 1 });
+    let parked = if split == 1 && group.slices() > 1 { group.slices() } else { 0 };
+    let (blocks, resident) = (tiles * split, 2);
     let steps = ((group.in_features / RANK_CHUNK) as f64 + chunks_of_tile(group, batch)) / split as f64;
     let flops = steps * (2 * ROW_TILE * GEMM_RANK_EXT_COLUMNS * RANK_CHUNK) as f64;
-    let bytes = steps * ((ROW_TILE + GEMM_RANK_EXT_COLUMNS) * RANK_CHUNK * 2) as f64;
+    let bytes = steps * ((ROW_TILE + GEMM_RANK_EXT_COLUMNS) * RANK_CHUNK * 2) as f64
+        + (2 * parked * ROW_TILE * GEMM_RANK_EXT_COLUMNS * 4) as f64;
+    let fills = parked.saturating_sub(1) as f64 * FILL;
     // Sums of a slice are written, and those of all slices read by the thread block that adds them.
     let partials = if split > 1 { (1 + split) * ROW_TILE * GEMM_RANK_EXT_COLUMNS * 4 } else { 0 };
     let wave = |of_multiprocessor: usize| {
         let (share, overhead) = match of_multiprocessor {
-            1 => (SHARE_OF_ONE_BLOCK, FILL + WRITE_TILES),
-            _ => (SHARE_OF_TWO_BLOCKS, FILL),
+            1 => (SHARE_OF_ONE_BLOCK, FILL + WRITE_TILES + fills),
+            _ => (SHARE_OF_TWO_BLOCKS, FILL + fills / 2.0),
         };
         let multiply = flops / (share * PEAK / MULTIPROCESSORS as f64);
         let load = bytes / L2_OF_MULTIPROCESSOR;
@@ -156,7 +160,8 @@ fn decode(group: &Group, batch: &Batch, memory: f64) -> Prediction {
 }
 
 fn shrink(group: &Group, batch: &Batch, memory: f64) -> Prediction {
-    let few = batch.rows <= DECODE_ROWS;
+    let few = ShrinkKernel::for_rows(batch.rows) == ShrinkKernel::Rows16;
+    let slices = if few { shrink_slices(group.in_features) } else { 1 };
     // One stage of the ring is being multiplied, the others are under way.
     let (rows, chunks, in_flight) = if few {
         (SHRINK_GATE_16_ROWS, SHRINK_GATE_16_CHUNKS, SHRINK_GATE_16_SHARED_BYTES * 5 / 6)
@@ -167,8 +172,9 @@ fn shrink(group: &Group, batch: &Batch, memory: f64) -> Prediction {
     let sites = group.widths.len();
     let units: usize =
         batch.tiles(rows).into_iter().map(|adapters| (batch.chunks(adapters) * sites).div_ceil(chunks)).sum();
+    let units = units * slices;
     let ranks = chunks * RANK_CHUNK;
-    let bytes = ((rows + ranks) * group.in_features * 2) as f64;
+    let bytes = ((rows + ranks) * group.in_features * 2) as f64 / slices as f64;
     let alone = bytes / (in_flight as f64 / LATENCY).min(L2_OF_MULTIPROCESSOR);
     let shared_l2 = units.div_ceil(MULTIPROCESSORS) as f64 * bytes / L2_OF_MULTIPROCESSOR;
     Prediction::slowest(&[(memory, "memory"), (alone, "latency"), (shared_l2, "L2")], 2.0 * FILL)

@@ -19,9 +19,6 @@ use super::{SiteGroup, WorkList, shrink_slices};
 /// Most rows of a decode product.
 const DECODE_ROWS: usize = 64;
 
-/// Most rows whose V is better spread over K slices than read once for several chunks.
-const SPLIT_SHRINK_ROWS: usize = 512;
-
 /// Thread blocks of `gemm_rank_ext` that an SM holds.
 const GEMM_BLOCKS: usize = 2;
 
@@ -147,6 +144,13 @@ pub enum ShrinkKernel {
     Rows64,
 }
 
+impl ShrinkKernel {
+    /// The one for steps of up to so many rows: few are spread over K slices, for many X is read once for several chunks.
+    pub fn for_rows(rows: usize) -> Self {
+        if rows <= 512 { Self::Rows16 } else { Self::Rows64 }
+    }
+}
+
 /// The LoRA kernels of a device.
 #[derive(Clone, Debug)]
 pub struct LoraKernels {
@@ -208,9 +212,7 @@ impl LoraKernels {
         x: Matrix<'_>,
         step: &Step<'_>,
     ) -> Result<(), CudaError> {
-        let few = step.row_bound <= SPLIT_SHRINK_ROWS;
-        let kernel = if few { ShrinkKernel::Rows16 } else { ShrinkKernel::Rows64 };
-        self.shrink_gate_by(kernel, stream, group, x, step)
+        self.shrink_gate_by(ShrinkKernel::for_rows(step.row_bound), stream, group, x, step)
     }
 
     /// `Y = X · Wᵀ + bias + V · Bᵀ`, the sites' outputs side by side (for SwiGLU: one site's width).
