@@ -23,12 +23,12 @@ class Head {
         data_(p.qkv + size_t(row) * p.stride + size_t(head) * p.head_dim) {}
 
   __device__ __forceinline__ void run() const {
-    if (head_ < p_.heads)
-      turn(p_.q_norm, nullptr);
-    else if (head_ < p_.heads + p_.kv_heads)
-      turn(p_.k_norm, cached(p_.keys, head_ - p_.heads));
-    else
+    if (head_ < p_.heads + p_.kv_heads) {
+      const bool is_key = head_ >= p_.heads;
+      turn(is_key ? p_.k_norm : p_.q_norm, is_key ? cached(p_.keys, head_ - p_.heads) : nullptr);
+    } else {
       copy_to(cached(p_.values, head_ - p_.heads - p_.kv_heads));
+    }
   }
 
  private:

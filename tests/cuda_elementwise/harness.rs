@@ -164,12 +164,11 @@ pub fn f(value: bf16) -> f64 {
 /// eight places.
 pub fn assert_close(got: bf16, wanted: f64, error: f64, what: impl FnOnce() -> String) {
     let bound = error + (wanted.abs() + error) / 256.0;
-    // NaN is not close to anything.
-    if !((f(got) - wanted).abs() <= bound + 1e-30) {
-        panic!("{}: {got}, wanted {wanted} ± {bound}", what());
-    }
+    let got = f(got);
+    assert!((got - wanted).abs() <= bound + 1e-30, "{}: {got}, wanted {wanted} ± {bound}", what());
 }
 
-/// Row counts and `(width, stride)` of rows that take accesses of 16 bytes, and of rows that cannot.
+/// `(width, stride)` of rows that take accesses of 16 bytes, and of rows that do not.
 pub const WIDTHS: [(usize, usize); 6] = [(8, 8), (64, 80), (4104, 4112), (64, 67), (1, 3), (2077, 2080)];
+/// Rows of a step: none, one, some.
 pub const ROWS: [usize; 3] = [0, 1, 5];
