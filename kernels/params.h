@@ -212,6 +212,148 @@ struct GemmParams {
   uint32_t reserved;
 };
 
+// ---- kernels of rows: `embed`, `rms_norm`, `rope_store`, `swiglu`, `pick_rows` ----
+
+// Tokens of a page of the KV cache.
+#define LORAMUX_PAGE 16
+// Grids of these kernels: a row in x; `embed`, `swiglu` and `pick_rows` have a thread block for so many columns in y,
+// `rope_store` one for so many heads of q | k | v.
+#define LORAMUX_ROW_THREADS 256
+#define LORAMUX_ROW_COLUMNS 2048
+#define LORAMUX_ROPE_THREADS 128
+#define LORAMUX_ROPE_HEADS 16
+
+// Where a row of a step stands in its sequence.
+struct StepRow {
+  // Index of its `StepSequence`.
+  uint32_t sequence;
+  uint32_t position;
+  // Which rotary table its position is looked up in.
+  uint32_t rotary_variant;
+  // Where its key and value belong: page · LORAMUX_PAGE + place in the page.
+  uint32_t cache_slot;
+};
+
+// A sequence of a step.
+struct StepSequence {
+  // Its rows are `first_row .. first_row + rows`.
+  uint32_t first_row;
+  uint32_t rows;
+  // Position of its first row; with this step the cache holds `start + rows` of its tokens.
+  uint32_t start;
+  // Page p of the sequence has the number `pages[first_page + p]`.
+  uint32_t first_page;
+};
+
+// `embed`: y[row] = table[token[row]] + Σ_chunks V · Bᵀ with V = gate · scale · A[:, token], in fp32, rounded once.
+struct EmbedParams {
+  // [vocabulary][width]
+  DEVICE(const struct bf16) table;
+  // [rows]
+  DEVICE(const uint32_t) tokens;
+  // [rows][y_stride], width used.
+  DEVICE(struct bf16) y;
+  // [1]: rows of this step.
+  DEVICE(const uint32_t) rows;
+  // The chunk list of the lookup as `chunk_lists` leaves it; null for a table without adapters.
+  DEVICE(const struct RankChunk) chunks;
+  DEVICE(const uint32_t) starts;
+  // [entries][LORAMUX_ROW_TILE]: 0 for rows that do not use the expert.
+  DEVICE(const float) gates;
+  // Arena [chunk][vocabulary][16]: the ranks of a token lie side by side.
+  DEVICE(const struct bf16) a;
+  // Arena [chunk][width][16].
+  DEVICE(const struct bf16) b;
+  uint32_t vocabulary;
+  uint32_t width;
+  uint32_t y_stride;
+  // Cells of a row tile in the chunk list.
+  uint32_t cells;
+  // Values of an access: 8 where widths, strides and addresses allow it, else 1.
+  uint32_t access;
+  uint32_t reserved;
+};
+
+// `rms_norm`: y = x / √(mean(x²) + ε) ⊙ weight.
+struct RmsNormParams {
+  // [rows][x_stride], width used.
+  DEVICE(const struct bf16) x;
+  // [width]
+  DEVICE(const float) weight;
+  // [rows][y_stride]; may be x.
+  DEVICE(struct bf16) y;
+  // [1]: rows of this step.
+  DEVICE(const uint32_t) rows;
+  uint32_t width;
+  uint32_t x_stride;
+  uint32_t y_stride;
+  float epsilon;
+  // Values of an access: 8 or 1.
+  uint32_t access;
+  uint32_t reserved;
+};
+
+// `rope_store`: normalises and rotates q and k in place, then stores k and v in the rows' pages.
+struct RopeStoreParams {
+  // [rows][stride]: vectors of head_dim, `heads` of q, `kv_heads` of k, `kv_heads` of v.
+  DEVICE(struct bf16) qkv;
+  // [head_dim] each, or both null: no normalisation.
+  DEVICE(const float) q_norm;
+  DEVICE(const float) k_norm;
+  // [variants][positions][rotary_dim / 2]
+  DEVICE(const float) cos;
+  DEVICE(const float) sin;
+  // [rows]
+  DEVICE(const struct StepRow) step_rows;
+  // One transformer block's [pages][kv_heads][LORAMUX_PAGE][head_dim].
+  DEVICE(struct bf16) keys;
+  DEVICE(struct bf16) values;
+  // [1]: rows of this step.
+  DEVICE(const uint32_t) rows;
+  uint32_t stride;
+  uint32_t heads;
+  uint32_t kv_heads;
+  uint32_t head_dim;
+  // Element i is rotated with element i + rotary_dim / 2; elements from rotary_dim on are not.
+  uint32_t rotary_dim;
+  uint32_t positions;
+  float epsilon;
+  // Values of an access: 8 or 1.
+  uint32_t access;
+};
+
+// `swiglu`: y = silu(gate) ⊙ up.
+struct SwigluParams {
+  // [rows][x_stride]: width of gate, width of up.
+  DEVICE(const struct bf16) x;
+  // [rows][y_stride]
+  DEVICE(struct bf16) y;
+  // [1]: rows of this step.
+  DEVICE(const uint32_t) rows;
+  uint32_t width;
+  uint32_t x_stride;
+  uint32_t y_stride;
+  // Values of an access: 8 or 1.
+  uint32_t access;
+};
+
+// `pick_rows`: y[i] = x[picked[i]].
+struct PickRowsParams {
+  // [rows][x_stride], width used.
+  DEVICE(const struct bf16) x;
+  // [count]
+  DEVICE(const uint32_t) picked;
+  // [count][y_stride]
+  DEVICE(struct bf16) y;
+  // [1]: picked rows of this step.
+  DEVICE(const uint32_t) count;
+  uint32_t width;
+  uint32_t x_stride;
+  uint32_t y_stride;
+  // Values of an access: 8 or 1.
+  uint32_t access;
+};
+
 #if defined(__cplusplus) && !defined(LORAMUX_BINDGEN)
 #include "params_layout.h"
 #endif

@@ -74,6 +74,13 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return pair;
 }
 
+// ---- prefetch (9.7.9.17) ----
+
+// Asks for the cache line of `global` to be brought into L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // ---- between thread blocks and grids (9.7.13) ----
 
 // Adds to a counter in global memory and returns what it held. What this thread wrote before is visible to whoever

@@ -10,8 +10,8 @@
 // columns of up, so that a pair meets in one tile.
 #pragma once
 #include <device.cuh>
-#include <eight.cuh>
 #include <tile.cuh>
+#include <values.cuh>
 
 // `warp_rows` x 4 warps, each with sums of `row_blocks` x `column_blocks` blocks of 16x8.
 template <uint32_t warp_rows_, uint32_t row_blocks_, uint32_t column_blocks_, uint32_t stages_>
@@ -291,12 +291,9 @@ class Product {
   uint32_t read_stage_ = 0;
 };
 
-__device__ __forceinline__ void add_bias(Eight& to, const GemmSite& site, uint32_t column) {
-  if (site.bias != nullptr) add(to, read_eight(site.bias + column));
+__device__ __forceinline__ void add_bias(Values<8>& to, const GemmSite& site, uint32_t column) {
+  if (site.bias != nullptr) add(to, load<8>(site.bias + column));
 }
-
-// x · σ(x). The fast division is exact to 2 ulp, and gives 0 where 1 + exp(−x) overflows.
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + expf(-x)); }
 
 // Writes the tile's outputs, eight columns a thread at a time. `sums(row, column)` gives eight sums of the tile.
 template <class Shape, class Sums>
@@ -311,12 +308,12 @@ __device__ __forceinline__ void write_outputs(const GemmParams& p, const ColumnT
     const uint32_t column = tile.first + piece * piece_values;
     if (first_row + row >= rows || column >= site.out_features) continue;
     const size_t output = size_t(first_row + row) * p.y_stride + site.y_column + column;
-    Eight value;
+    Values<8> value;
     if (is_paired(p)) {
       constexpr uint32_t half = Shape::columns_of_warp / 2;
       const uint32_t gate_column = piece * piece_values / half * Shape::columns_of_warp + piece * piece_values % half;
       value = sums(row, gate_column);
-      Eight up = sums(row, gate_column + half);
+      Values<8> up = sums(row, gate_column + half);
       add_bias(value, p.site[0], column);
       add_bias(up, p.site[1], column);
 #pragma unroll
@@ -325,10 +322,10 @@ __device__ __forceinline__ void write_outputs(const GemmParams& p, const ColumnT
       value = sums(row, piece * piece_values);
       add_bias(value, site, column);
       if (p.epilogue == LORAMUX_ADD_RESIDUAL) {
-        add(value, unpack(*reinterpret_cast<const uint4*>(p.residual + output)));
+        add(value, load<8>(p.residual + output));
       }
     }
-    *reinterpret_cast<uint4*>(p.y + output) = pack(value);
+    store(p.y + output, value);
   }
 }
 
@@ -346,7 +343,7 @@ __device__ __forceinline__ void finish(const GemmParams& p, const ColumnTile& ti
                                        const typename Shape::Storage& storage) {
   __syncthreads();
   write_outputs<Shape>(p, tile, first_row, rows, [&](uint32_t row, uint32_t column) {
-    return read_eight(storage.sums + row * Shape::sum_stride + column);
+    return load<8>(storage.sums + row * Shape::sum_stride + column);
   });
 }
 
@@ -383,9 +380,9 @@ __device__ __forceinline__ void multiply_one_slice(const GemmParams& p) {
   }
   if (!__syncthreads_or(last)) return;
   write_outputs<Shape>(p, tile, row, product.rows(), [&](uint32_t row_of_tile, uint32_t column) {
-    Eight total = {};
+    Values<8> total = {};
     for (uint32_t i = 0; i < p.slices; ++i)
-      add(total, read_eight(partials + i * tile_sums + row_of_tile * Shape::columns + column));
+      add(total, load<8>(partials + i * tile_sums + row_of_tile * Shape::columns + column));
     return total;
   });
 }

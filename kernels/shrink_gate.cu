@@ -12,8 +12,8 @@
 //
 // Grid: (row tiles · parts of a tile, thread blocks that share the tile's chunks, K slices or 1).
 #include <device.cuh>
-#include <eight.cuh>
 #include <tile.cuh>
+#include <values.cuh>
 
 namespace {
 
@@ -56,7 +56,7 @@ class Shrink {
   // question keeps the sums of the chunks before until every thread has read them.
   __device__ __forceinline__ void run(uint32_t first, uint32_t end) {
     if (!any_row_uses(first, end)) {
-      if (blockIdx.z == 0) write(first, end, [](uint32_t, uint32_t) { return Eight{}; });
+      if (blockIdx.z == 0) write(first, end, [](uint32_t, uint32_t) { return Values<8>{}; });
     } else if constexpr (Shape::split) {
       run_slice(first, end);
     } else {
@@ -69,15 +69,15 @@ class Shrink {
     for (uint32_t slice = 0; slice < p_.slices; ++slice) {
       multiply(first, end, slice);
       for_pieces(first, end, [&](uint32_t row, uint32_t column) {
-        Eight total = {};
-        if (slice > 0) total = read_eight(&storage_.totals[row][column]);
+        Values<8> total = {};
+        if (slice > 0) total = load<8>(&storage_.totals[row][column]);
         add(total, slice_sums(row, column));
-        write_eight(&storage_.totals[row][column], total);
+        store(&storage_.totals[row][column], total);
       });
       // The next slice's stages lie where this one's sums are being read.
       __syncthreads();
     }
-    write(first, end, [&](uint32_t row, uint32_t column) { return read_eight(&storage_.totals[row][column]); });
+    write(first, end, [&](uint32_t row, uint32_t column) { return load<8>(&storage_.totals[row][column]); });
   }
 
   // One chunk at a time, so the partial sums of all its slices are [slices][LORAMUX_ROW_TILE][16].
@@ -93,7 +93,7 @@ class Shrink {
       return p_.partials + v_row * LORAMUX_RANK_CHUNK + column;
     };
     for_pieces(first, end, [&](uint32_t row, uint32_t column) {
-      write_eight(partial(blockIdx.z, row, column), slice_sums(row, column));
+      store(partial(blockIdx.z, row, column), slice_sums(row, column));
     });
     __syncthreads();
     bool last = false;
@@ -104,8 +104,8 @@ class Shrink {
     }
     if (!__syncthreads_or(last)) return;
     write(first, end, [&](uint32_t row, uint32_t column) {
-      Eight total = {};
-      for (uint32_t slice = 0; slice < p_.slices; ++slice) add(total, read_eight(partial(slice, row, column)));
+      Values<8> total = {};
+      for (uint32_t slice = 0; slice < p_.slices; ++slice) add(total, load<8>(partial(slice, row, column)));
       return total;
     });
   }
@@ -195,10 +195,10 @@ class Shrink {
   }
 
   // Eight sums of a slice.
-  __device__ __forceinline__ Eight slice_sums(uint32_t row, uint32_t column) const {
-    Eight sums = read_eight(&storage_.sums[0][row][column]);
+  __device__ __forceinline__ Values<8> slice_sums(uint32_t row, uint32_t column) const {
+    Values<8> sums = load<8>(&storage_.sums[0][row][column]);
 #pragma unroll
-    for (uint32_t step = 1; step < block_steps; ++step) add(sums, read_eight(&storage_.sums[step][row][column]));
+    for (uint32_t step = 1; step < block_steps; ++step) add(sums, load<8>(&storage_.sums[step][row][column]));
     return sums;
   }
 
@@ -219,14 +219,14 @@ class Shrink {
     for_pieces(first, end, [&](uint32_t row, uint32_t column) {
       const uint32_t chunk = first + column / LORAMUX_RANK_CHUNK;
       const float f = factor(row, chunk);
-      Eight value = {};
+      Values<8> value = {};
       if (f != 0.0f) {
         value = sums(row, column);
 #pragma unroll
         for (uint32_t i = 0; i < 8; ++i) value.at[i] *= f;
       }
       const size_t v_row = size_t(chunk) * LORAMUX_ROW_TILE + row_in_tile(row);
-      *reinterpret_cast<uint4*>(p_.v + v_row * LORAMUX_RANK_CHUNK + column % LORAMUX_RANK_CHUNK) = pack(value);
+      store(p_.v + v_row * LORAMUX_RANK_CHUNK + column % LORAMUX_RANK_CHUNK, value);
     });
   }
 

@@ -22,13 +22,21 @@ const MMA: &str = "HMMA.16816.F32.BF16";
 const LOAD_MATRIX: &str = "LDSM.16.M88.4";
 /// 16 bytes from global to shared memory, past registers and L1.
 const COPY_ASYNC: &str = "LDGSTS.E.BYPASS.LTC128B.128";
+/// 16 bytes between global memory and registers.
+const LOAD: &str = "LDG.E.128";
+const STORE: &str = "STG.E.128";
 
 /// By the name of the kernel or of a family of them: what its code must contain.
-const REQUIRED: [(&str, &[&str]); 4] = [
+const REQUIRED: [(&str, &[&str]); 9] = [
     ("chunk_lists", &[]),
+    ("embed", &[LOAD, STORE]),
     ("gemm_decode_", &[MMA, LOAD_MATRIX, COPY_ASYNC]),
     ("gemm_rank_ext", &[MMA, LOAD_MATRIX, COPY_ASYNC]),
+    ("pick_rows", &[LOAD, STORE]),
+    ("rms_norm", &[LOAD, STORE]),
+    ("rope_store", &[LOAD, STORE]),
     ("shrink_gate_", &[MMA, LOAD_MATRIX, COPY_ASYNC]),
+    ("swiglu", &[LOAD, STORE]),
 ];
 /// The same of every kernel from sm_90: it waits for the grid before it late, and lets the next one start early.
 const REQUIRED_FROM_SM_90: [&str; 2] = ["ACQBULK", "PREEXIT"];

@@ -54,6 +54,10 @@ inline uint32_t pack_bf16(float low, float high) {
   return round(high) << 16 | round(low);
 }
 
+// ---- prefetch ----
+
+inline void prefetch_l2(const void*) {}
+
 // ---- between thread blocks and grids ----
 
 inline uint32_t fetch_add_acquire_release(uint32_t* counter, uint32_t value) {

@@ -47,6 +47,7 @@
 //! place that ends it.
 
 mod device;
+pub mod elementwise;
 mod error;
 mod event;
 mod graph;

@@ -38,6 +38,14 @@ pub const GEMM_DECODE_THREADS: usize = 128;
 pub const GEMM_DECODE_16_SHARED_BYTES: usize = 81920;
 pub const GEMM_DECODE_32_SHARED_BYTES: usize = 98304;
 pub const GEMM_DECODE_64_SHARED_BYTES: usize = 98304;
+/// Tokens of a page of the KV cache.
+pub const PAGE: usize = 16;
+/// Grids of these kernels: a row in x; `embed`, `swiglu` and `pick_rows` have a thread block for so many columns in y,
+/// `rope_store` one for so many heads of q | k | v.
+pub const ROW_THREADS: usize = 256;
+pub const ROW_COLUMNS: usize = 2048;
+pub const ROPE_THREADS: usize = 128;
+pub const ROPE_HEADS: usize = 16;
 
 /// A rank chunk in use by a row tile. Its index in the chunk list is also its v block: where `shrink_gate` leaves and
 /// the products find V[row] = gate · scale · (x · A_chunkᵀ).
@@ -345,4 +353,261 @@ const _: () = {
     ["Offset of field: GemmParams::changes_columns"]
         [::std::mem::offset_of!(GemmParams, changes_columns) - 288usize];
     ["Offset of field: GemmParams::reserved"][::std::mem::offset_of!(GemmParams, reserved) - 292usize];
+};
+
+/// Where a row of a step stands in its sequence.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct StepRow {
+    /// Index of its `StepSequence`.
+    pub sequence: u32,
+    pub position: u32,
+    /// Which rotary table its position is looked up in.
+    pub rotary_variant: u32,
+    /// Where its key and value belong: page · PAGE + place in the page.
+    pub cache_slot: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of StepRow"][::std::mem::size_of::<StepRow>() - 16usize];
+    ["Alignment of StepRow"][::std::mem::align_of::<StepRow>() - 4usize];
+    ["Offset of field: StepRow::sequence"][::std::mem::offset_of!(StepRow, sequence) - 0usize];
+    ["Offset of field: StepRow::position"][::std::mem::offset_of!(StepRow, position) - 4usize];
+    ["Offset of field: StepRow::rotary_variant"][::std::mem::offset_of!(StepRow, rotary_variant) - 8usize];
+    ["Offset of field: StepRow::cache_slot"][::std::mem::offset_of!(StepRow, cache_slot) - 12usize];
+};
+
+/// A sequence of a step.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct StepSequence {
+    /// Its rows are `first_row .. first_row + rows`.
+    pub first_row: u32,
+    pub rows: u32,
+    /// Position of its first row; with this step the cache holds `start + rows` of its tokens.
+    pub start: u32,
+    /// Page p of the sequence has the number `pages[first_page + p]`.
+    pub first_page: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of StepSequence"][::std::mem::size_of::<StepSequence>() - 16usize];
+    ["Alignment of StepSequence"][::std::mem::align_of::<StepSequence>() - 4usize];
+    ["Offset of field: StepSequence::first_row"][::std::mem::offset_of!(StepSequence, first_row) - 0usize];
+    ["Offset of field: StepSequence::rows"][::std::mem::offset_of!(StepSequence, rows) - 4usize];
+    ["Offset of field: StepSequence::start"][::std::mem::offset_of!(StepSequence, start) - 8usize];
+    ["Offset of field: StepSequence::first_page"][::std::mem::offset_of!(StepSequence, first_page) - 12usize];
+};
+
+/// `embed`: y[row] = table[token[row]] + Σ_chunks V · Bᵀ with V = gate · scale · A[:, token], in fp32, rounded once.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct EmbedParams {
+    /// [vocabulary][width]
+    pub table: u64,
+    /// [rows]
+    pub tokens: u64,
+    /// [rows][y_stride], width used.
+    pub y: u64,
+    /// [1]: rows of this step.
+    pub rows: u64,
+    /// The chunk list of the lookup as `chunk_lists` leaves it; null for a table without adapters.
+    pub chunks: u64,
+    pub starts: u64,
+    /// [entries][ROW_TILE]: 0 for rows that do not use the expert.
+    pub gates: u64,
+    /// Arena [chunk][vocabulary][16]: the ranks of a token lie side by side.
+    pub a: u64,
+    /// Arena [chunk][width][16].
+    pub b: u64,
+    pub vocabulary: u32,
+    pub width: u32,
+    pub y_stride: u32,
+    /// Cells of a row tile in the chunk list.
+    pub cells: u32,
+    /// Values of an access: 8 where widths, strides and addresses allow it, else 1.
+    pub access: u32,
+    pub reserved: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of EmbedParams"][::std::mem::size_of::<EmbedParams>() - 96usize];
+    ["Alignment of EmbedParams"][::std::mem::align_of::<EmbedParams>() - 8usize];
+    ["Offset of field: EmbedParams::table"][::std::mem::offset_of!(EmbedParams, table) - 0usize];
+    ["Offset of field: EmbedParams::tokens"][::std::mem::offset_of!(EmbedParams, tokens) - 8usize];
+    ["Offset of field: EmbedParams::y"][::std::mem::offset_of!(EmbedParams, y) - 16usize];
+    ["Offset of field: EmbedParams::rows"][::std::mem::offset_of!(EmbedParams, rows) - 24usize];
+    ["Offset of field: EmbedParams::chunks"][::std::mem::offset_of!(EmbedParams, chunks) - 32usize];
+    ["Offset of field: EmbedParams::starts"][::std::mem::offset_of!(EmbedParams, starts) - 40usize];
+    ["Offset of field: EmbedParams::gates"][::std::mem::offset_of!(EmbedParams, gates) - 48usize];
+    ["Offset of field: EmbedParams::a"][::std::mem::offset_of!(EmbedParams, a) - 56usize];
+    ["Offset of field: EmbedParams::b"][::std::mem::offset_of!(EmbedParams, b) - 64usize];
+    ["Offset of field: EmbedParams::vocabulary"][::std::mem::offset_of!(EmbedParams, vocabulary) - 72usize];
+    ["Offset of field: EmbedParams::width"][::std::mem::offset_of!(EmbedParams, width) - 76usize];
+    ["Offset of field: EmbedParams::y_stride"][::std::mem::offset_of!(EmbedParams, y_stride) - 80usize];
+    ["Offset of field: EmbedParams::cells"][::std::mem::offset_of!(EmbedParams, cells) - 84usize];
+    ["Offset of field: EmbedParams::access"][::std::mem::offset_of!(EmbedParams, access) - 88usize];
+    ["Offset of field: EmbedParams::reserved"][::std::mem::offset_of!(EmbedParams, reserved) - 92usize];
+};
+
+/// `rms_norm`: y = x / √(mean(x²) + ε) ⊙ weight.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RmsNormParams {
+    /// [rows][x_stride], width used.
+    pub x: u64,
+    /// [width]
+    pub weight: u64,
+    /// [rows][y_stride]; may be x.
+    pub y: u64,
+    /// [1]: rows of this step.
+    pub rows: u64,
+    pub width: u32,
+    pub x_stride: u32,
+    pub y_stride: u32,
+    pub epsilon: f32,
+    /// Values of an access: 8 or 1.
+    pub access: u32,
+    pub reserved: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RmsNormParams"][::std::mem::size_of::<RmsNormParams>() - 56usize];
+    ["Alignment of RmsNormParams"][::std::mem::align_of::<RmsNormParams>() - 8usize];
+    ["Offset of field: RmsNormParams::x"][::std::mem::offset_of!(RmsNormParams, x) - 0usize];
+    ["Offset of field: RmsNormParams::weight"][::std::mem::offset_of!(RmsNormParams, weight) - 8usize];
+    ["Offset of field: RmsNormParams::y"][::std::mem::offset_of!(RmsNormParams, y) - 16usize];
+    ["Offset of field: RmsNormParams::rows"][::std::mem::offset_of!(RmsNormParams, rows) - 24usize];
+    ["Offset of field: RmsNormParams::width"][::std::mem::offset_of!(RmsNormParams, width) - 32usize];
+    ["Offset of field: RmsNormParams::x_stride"][::std::mem::offset_of!(RmsNormParams, x_stride) - 36usize];
+    ["Offset of field: RmsNormParams::y_stride"][::std::mem::offset_of!(RmsNormParams, y_stride) - 40usize];
+    ["Offset of field: RmsNormParams::epsilon"][::std::mem::offset_of!(RmsNormParams, epsilon) - 44usize];
+    ["Offset of field: RmsNormParams::access"][::std::mem::offset_of!(RmsNormParams, access) - 48usize];
+    ["Offset of field: RmsNormParams::reserved"][::std::mem::offset_of!(RmsNormParams, reserved) - 52usize];
+};
+
+/// `rope_store`: normalises and rotates q and k in place, then stores k and v in the rows' pages.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RopeStoreParams {
+    /// [rows][stride]: vectors of head_dim, `heads` of q, `kv_heads` of k, `kv_heads` of v.
+    pub qkv: u64,
+    /// [head_dim] each, or both null: no normalisation.
+    pub q_norm: u64,
+    pub k_norm: u64,
+    /// [variants][positions][rotary_dim / 2]
+    pub cos: u64,
+    pub sin: u64,
+    /// [rows]
+    pub step_rows: u64,
+    /// One transformer block's [pages][kv_heads][PAGE][head_dim].
+    pub keys: u64,
+    pub values: u64,
+    /// [1]: rows of this step.
+    pub rows: u64,
+    pub stride: u32,
+    pub heads: u32,
+    pub kv_heads: u32,
+    pub head_dim: u32,
+    /// Element i is rotated with element i + rotary_dim / 2; elements from rotary_dim on are not.
+    pub rotary_dim: u32,
+    pub positions: u32,
+    pub epsilon: f32,
+    /// Values of an access: 8 or 1.
+    pub access: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RopeStoreParams"][::std::mem::size_of::<RopeStoreParams>() - 104usize];
+    ["Alignment of RopeStoreParams"][::std::mem::align_of::<RopeStoreParams>() - 8usize];
+    ["Offset of field: RopeStoreParams::qkv"][::std::mem::offset_of!(RopeStoreParams, qkv) - 0usize];
+    ["Offset of field: RopeStoreParams::q_norm"][::std::mem::offset_of!(RopeStoreParams, q_norm) - 8usize];
+    ["Offset of field: RopeStoreParams::k_norm"][::std::mem::offset_of!(RopeStoreParams, k_norm) - 16usize];
+    ["Offset of field: RopeStoreParams::cos"][::std::mem::offset_of!(RopeStoreParams, cos) - 24usize];
+    ["Offset of field: RopeStoreParams::sin"][::std::mem::offset_of!(RopeStoreParams, sin) - 32usize];
+    ["Offset of field: RopeStoreParams::step_rows"]
+        [::std::mem::offset_of!(RopeStoreParams, step_rows) - 40usize];
+    ["Offset of field: RopeStoreParams::keys"][::std::mem::offset_of!(RopeStoreParams, keys) - 48usize];
+    ["Offset of field: RopeStoreParams::values"][::std::mem::offset_of!(RopeStoreParams, values) - 56usize];
+    ["Offset of field: RopeStoreParams::rows"][::std::mem::offset_of!(RopeStoreParams, rows) - 64usize];
+    ["Offset of field: RopeStoreParams::stride"][::std::mem::offset_of!(RopeStoreParams, stride) - 72usize];
+    ["Offset of field: RopeStoreParams::heads"][::std::mem::offset_of!(RopeStoreParams, heads) - 76usize];
+    ["Offset of field: RopeStoreParams::kv_heads"]
+        [::std::mem::offset_of!(RopeStoreParams, kv_heads) - 80usize];
+    ["Offset of field: RopeStoreParams::head_dim"]
+        [::std::mem::offset_of!(RopeStoreParams, head_dim) - 84usize];
+    ["Offset of field: RopeStoreParams::rotary_dim"]
+        [::std::mem::offset_of!(RopeStoreParams, rotary_dim) - 88usize];
+    ["Offset of field: RopeStoreParams::positions"]
+        [::std::mem::offset_of!(RopeStoreParams, positions) - 92usize];
+    ["Offset of field: RopeStoreParams::epsilon"][::std::mem::offset_of!(RopeStoreParams, epsilon) - 96usize];
+    ["Offset of field: RopeStoreParams::access"][::std::mem::offset_of!(RopeStoreParams, access) - 100usize];
+};
+
+/// `swiglu`: y = silu(gate) ⊙ up.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct SwigluParams {
+    /// [rows][x_stride]: width of gate, width of up.
+    pub x: u64,
+    /// [rows][y_stride]
+    pub y: u64,
+    /// [1]: rows of this step.
+    pub rows: u64,
+    pub width: u32,
+    pub x_stride: u32,
+    pub y_stride: u32,
+    /// Values of an access: 8 or 1.
+    pub access: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SwigluParams"][::std::mem::size_of::<SwigluParams>() - 40usize];
+    ["Alignment of SwigluParams"][::std::mem::align_of::<SwigluParams>() - 8usize];
+    ["Offset of field: SwigluParams::x"][::std::mem::offset_of!(SwigluParams, x) - 0usize];
+    ["Offset of field: SwigluParams::y"][::std::mem::offset_of!(SwigluParams, y) - 8usize];
+    ["Offset of field: SwigluParams::rows"][::std::mem::offset_of!(SwigluParams, rows) - 16usize];
+    ["Offset of field: SwigluParams::width"][::std::mem::offset_of!(SwigluParams, width) - 24usize];
+    ["Offset of field: SwigluParams::x_stride"][::std::mem::offset_of!(SwigluParams, x_stride) - 28usize];
+    ["Offset of field: SwigluParams::y_stride"][::std::mem::offset_of!(SwigluParams, y_stride) - 32usize];
+    ["Offset of field: SwigluParams::access"][::std::mem::offset_of!(SwigluParams, access) - 36usize];
+};
+
+/// `pick_rows`: y[i] = x[picked[i]].
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PickRowsParams {
+    /// [rows][x_stride], width used.
+    pub x: u64,
+    /// [count]
+    pub picked: u64,
+    /// [count][y_stride]
+    pub y: u64,
+    /// [1]: picked rows of this step.
+    pub count: u64,
+    pub width: u32,
+    pub x_stride: u32,
+    pub y_stride: u32,
+    /// Values of an access: 8 or 1.
+    pub access: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PickRowsParams"][::std::mem::size_of::<PickRowsParams>() - 48usize];
+    ["Alignment of PickRowsParams"][::std::mem::align_of::<PickRowsParams>() - 8usize];
+    ["Offset of field: PickRowsParams::x"][::std::mem::offset_of!(PickRowsParams, x) - 0usize];
+    ["Offset of field: PickRowsParams::picked"][::std::mem::offset_of!(PickRowsParams, picked) - 8usize];
+    ["Offset of field: PickRowsParams::y"][::std::mem::offset_of!(PickRowsParams, y) - 16usize];
+    ["Offset of field: PickRowsParams::count"][::std::mem::offset_of!(PickRowsParams, count) - 24usize];
+    ["Offset of field: PickRowsParams::width"][::std::mem::offset_of!(PickRowsParams, width) - 32usize];
+    ["Offset of field: PickRowsParams::x_stride"][::std::mem::offset_of!(PickRowsParams, x_stride) - 36usize];
+    ["Offset of field: PickRowsParams::y_stride"][::std::mem::offset_of!(PickRowsParams, y_stride) - 40usize];
+    ["Offset of field: PickRowsParams::access"][::std::mem::offset_of!(PickRowsParams, access) - 44usize];
 };

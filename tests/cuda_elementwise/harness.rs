@@ -1,0 +1,174 @@
+//! Buffers on the device, and how far from a plain loop in f64 a correct kernel can be.
+
+use std::sync::Arc;
+
+use half::bf16;
+
+use loramux::backend::cuda::elementwise::{ElementwiseKernels, Matrix, RowCount, StepLimits};
+use loramux::backend::cuda::{Device, DeviceBuffer, Stream};
+
+use crate::cuda_device::device;
+
+/// Reproducible numbers (splitmix64, Steele et al. 2014).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+
+    /// In [-1, 1).
+    pub fn number(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    pub fn floats(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.number()).collect()
+    }
+
+    pub fn values(&mut self, count: usize, size: f32) -> Vec<bf16> {
+        (0..count).map(|_| bf16::from_f32(self.number() * size)).collect()
+    }
+}
+
+/// What no kernel writes: where it stays, nobody has written.
+pub const UNTOUCHED: bf16 = bf16::from_bits(0x7fa5);
+
+/// Rows of `width` with something between them, and behind them, that is neither read nor written.
+#[derive(Clone)]
+pub struct Padded {
+    pub width: usize,
+    pub stride: usize,
+    pub values: Vec<bf16>,
+}
+
+impl Padded {
+    /// `values` `[rows, width]`, and `room` rows that hold nothing.
+    pub fn new(values: &[bf16], width: usize, stride: usize, room: usize) -> Self {
+        let rows = values.len() / width;
+        let mut padded = vec![UNTOUCHED; (rows + room) * stride];
+        for (to, from) in padded.chunks_exact_mut(stride).zip(values.chunks_exact(width)) {
+            to[..width].copy_from_slice(from);
+        }
+        Self { width, stride, values: padded }
+    }
+
+    pub fn row(&self, row: usize) -> &[bf16] {
+        &self.values[row * self.stride..][..self.width]
+    }
+
+    /// Panics unless everything but the first `rows` rows is untouched.
+    pub fn assert_untouched_past(&self, rows: usize) {
+        for (i, value) in self.values.iter().enumerate() {
+            if i / self.stride >= rows || i % self.stride >= self.width {
+                let (row, column) = (i / self.stride, i % self.stride);
+                assert_eq!(value.to_bits(), UNTOUCHED.to_bits(), "row {row}, column {column} of {rows} rows");
+            }
+        }
+    }
+}
+
+/// The kernels and a stream for them.
+pub struct OnDevice {
+    pub stream: Stream,
+    pub kernels: ElementwiseKernels,
+}
+
+impl OnDevice {
+    pub fn new() -> Self {
+        let device = device();
+        Self {
+            stream: device.stream().expect("a stream"),
+            kernels: ElementwiseKernels::new(&device).expect("kernels"),
+        }
+    }
+
+    pub fn device(&self) -> &Arc<Device> {
+        self.stream.device()
+    }
+
+    pub fn upload<T: bytemuck::Pod>(&self, values: &[T]) -> DeviceBuffer<T> {
+        let buffer = DeviceBuffer::new(self.device(), values.len(), "a test").expect("memory");
+        self.stream.upload(values, &buffer).expect("a copy");
+        buffer
+    }
+
+    pub fn download<T: bytemuck::Pod>(&self, buffer: &DeviceBuffer<T>) -> Vec<T> {
+        let mut values = vec![T::zeroed(); buffer.len()];
+        self.stream.download(buffer, &mut values).expect("a copy");
+        values
+    }
+
+    /// The `rows` rows that `work` writes, of `width`; it is given room for one more, and launches for that.
+    pub fn to_rows(
+        &self,
+        rows: usize,
+        width: usize,
+        stride: usize,
+        work: impl FnOnce(Matrix<'_>, RowCount<'_>),
+    ) -> Padded {
+        let mut y = Padded::new(&[], width, stride, rows + 1);
+        let buffer = self.upload(&y.values);
+        let count = self.upload(&[rows as u32]);
+        work(Matrix { data: buffer.slice(..), stride }, count_of(&count, rows));
+        y.values = self.download(&buffer);
+        y.assert_untouched_past(rows);
+        y
+    }
+
+    pub fn matrix_of(&self, padded: &Padded) -> (DeviceBuffer<bf16>, usize) {
+        (self.upload(&padded.values), padded.stride)
+    }
+}
+
+/// A launch for a row more than the `rows` that `count` holds.
+pub fn count_of(count: &DeviceBuffer<u32>, rows: usize) -> RowCount<'_> {
+    RowCount { count: count.slice(..), bound: rows + 1, overlap: true }
+}
+
+pub fn matrix((buffer, stride): &(DeviceBuffer<bf16>, usize)) -> Matrix<'_> {
+    Matrix { data: buffer.slice(..), stride: *stride }
+}
+
+/// Limits of small steps.
+pub fn limits() -> StepLimits {
+    StepLimits {
+        rows: 300,
+        sequences: 8,
+        pages: 32,
+        picked: 8,
+        vocabulary: 40,
+        positions: 100,
+        rotary_variants: 2,
+        cache_pages: 24,
+    }
+}
+
+pub fn bits(values: &[bf16]) -> Vec<u16> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+pub fn f(value: bf16) -> f64 {
+    f64::from(value.to_f32())
+}
+
+/// Panics unless `got` is `wanted`, give or take `error` before it was rounded to bf16: half a unit in the last of
+/// eight places.
+pub fn assert_close(got: bf16, wanted: f64, error: f64, what: impl FnOnce() -> String) {
+    let bound = error + (wanted.abs() + error) / 256.0;
+    let got = f(got);
+    assert!((got - wanted).abs() <= bound + 1e-30, "{}: {got}, wanted {wanted} ± {bound}", what());
+}
+
+/// `(width, stride)` of rows that take accesses of 16 bytes, and of rows that do not.
+pub const WIDTHS: [(usize, usize); 6] = [(8, 8), (64, 80), (4104, 4112), (64, 67), (1, 3), (2077, 2080)];
+/// Rows of a step: none, one, some.
+pub const ROWS: [usize; 3] = [0, 1, 5];
