@@ -255,7 +255,7 @@ pub fn assert_close(
             let weights: Vec<f64> = scores.iter().map(|score| (score - maximum).exp()).collect();
             let total: f64 = weights.iter().sum();
             let values: Vec<Vec<f64>> = (first..=position).map(|key| vector(&sequence.v, key)).collect();
-            let of_weights = 2f64.powi(-9) + largest_size * 2f64.powi(-19) + 2f64.powi(-20);
+            let of_weights = 2f64.powi(-8) + largest_size * 2f64.powi(-19) + 2f64.powi(-20);
             for d in 0..head_dim {
                 let weighted = |of: &dyn Fn(f64) -> f64| -> f64 {
                     weights.iter().zip(&values).map(|(w, v)| w * of(v[d])).sum::<f64>() / total
@@ -263,7 +263,7 @@ pub fn assert_close(
                 let wanted = weighted(&|v| v);
                 let error = of_weights / (1.0 - of_weights) * weighted(&|v| (v - wanted).abs())
                     + 2f64.powi(-18) * weighted(&f64::abs);
-                let error = error + (wanted.abs() + error) * 2f64.powi(-9);
+                let error = error + (wanted.abs() + error) * 2f64.powi(-8);
                 let got = f(outputs[(row * heads + head) * head_dim + d]);
                 assert!(
                     (got - wanted).abs() <= error,
