@@ -1,8 +1,8 @@
 // Attention of tiles of pairs over all their keys: prefill. Grid: (tiles, key heads).
 //
 // Counted for 64 pairs, 128 wide, and a block of 64 keys: 2.1 MFLOP over 32 KiB of keys and values out of L2, and over
-// 128 KiB of fragments out of shared memory, 1024 clocks of an SM. That bounds an H100 to 2.05 kFLOP a clock and SM,
-// 470 TFLOP/s, half of what its tensor cores can do; merging a split moves 64 KiB more, once in 512 keys (6 %).
+// 128 KiB of fragments out of shared memory, 1024 clocks of an SM. On an H100 the fragments bound it to 470 TFLOP/s, half
+// of what the tensor cores can do, and L2 at 5.5 TB/s to 350; merging a split moves 64 KiB more, once in 512 keys (6 %).
 // Predicted, not measured: 300 TFLOP/s, a causal prompt of 8192 tokens (32 heads: 0.55 TFLOP) in 1.8 ms.
 #include <attention.cuh>
 
@@ -86,7 +86,7 @@ struct Whole {
   }
 };
 
-// Narrow heads have room for more tiles on their way; wide ones leave it to a second and third thread block.
+// Narrow heads have room for more tiles on their way; wide ones leave it to more thread blocks beside each other.
 using Dim16 = AttentionShape<16, 4, 4>;
 using Dim32 = AttentionShape<32, 4, 4>;
 using Dim64 = AttentionShape<64, 4, 4>;

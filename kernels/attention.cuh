@@ -189,8 +189,8 @@ class Attention {
     }
   }
 
-  // Calls `write(pair, column, i, sums)` for every two neighbouring columns that this thread has of a pair; `half` is
-  // which of its two pairs.
+  // Calls `write(pair, half, column, low, high)` for every two neighbouring columns that this thread has of a pair;
+  // `half` is which of its two pairs.
   template <class Write>
   __device__ __forceinline__ void for_each_result(const Sums& sums, Write write) const {
 #pragma unroll

@@ -11,9 +11,9 @@ mod refusals;
 
 use cuda_device::under_thread_orders;
 use harness::{OnDevice, Piece, Random, Sequence, assert_close, bits};
-use loramux::backend::AttentionShape;
 use loramux::backend::cuda::attention::AttentionLimits;
 use loramux::backend::cuda::attention::AttentionPath::{self, Split, Whole};
+use loramux::backend::{AttentionShape, Rows};
 
 const SEEDS: u64 = 3;
 
@@ -139,5 +139,23 @@ fn a_row_has_the_same_bits_in_every_step() {
                 assert_eq!(bits(outputs), bits(wanted), "{piece:?} of {step:?}");
             }
         }
+    }
+}
+
+/// Decode rows always find room by splits, several rows of a sequence only while there is some.
+#[test]
+fn sequences_without_room_for_splits_are_taken_whole() {
+    let limits = AttentionLimits { rows: 64, sequences: 2, pages: 44, cache_pages: 44 };
+    let on_device = OnDevice::new(shape(2, 1, 16), limits);
+    let pages: Vec<u32> = (0..22).collect();
+    for (rows, whole) in [([1, 1], false), ([1, 3], false), ([3, 1], false), ([1, 30], true), ([30, 1], true)]
+    {
+        let mut step = Rows::default();
+        for rows in rows {
+            step.push_sequence(&vec![0; rows], 352 - rows, 0, &pages, &[]);
+        }
+        let mut work = on_device.work();
+        work.set(&on_device.stream, &step).expect("a step");
+        assert_eq!(work.has_whole(), whole, "{rows:?} rows");
     }
 }

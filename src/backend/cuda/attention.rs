@@ -20,7 +20,7 @@
 //! |---|---|---|---|---|
 //! | 64 rows at 4096 | 1.07 GB of HBM | 4.3 G | HBM | 0.36 ms |
 //! | 1 row at 4096 | 17 MB | 67 M | latency of 8 blocks of 64 keys on 64 SMs | 8 µs |
-//! | a prompt of 8192 | 34 MB of HBM, 8.6 GB of L2 | 0.55 T | fragments out of shared memory, at most 470 TFLOP/s | 1.8 ms |
+//! | a prompt of 8192 | 34 MB of HBM, 8.6 GB of L2 | 0.55 T | L2, at most 350 TFLOP/s, and shared memory, at most 470 | 1.8 ms |
 
 use std::ops::Range;
 use std::sync::Arc;
