@@ -87,6 +87,7 @@ fn build() -> Result<(), String> {
         return Err(errors);
     }
     kernels.sort_by(|a, b| (&a.name, &a.arch).cmp(&(&b.name, &b.arch)));
+    resources::add_dynamic_shared(&mut kernels, &read(Path::new("kernels/params.h"))?);
     write(&out.join("kernels.json"), &resources::to_json(&nvcc.release, &archs, &kernels))?;
 
     let mut table = String::from("[\n");
@@ -217,7 +218,6 @@ fn compile(nvcc: &Nvcc, source: &Path, archs: &[String], out: &Path) -> Result<V
     arguments.extend(["-o".into(), image.clone().into(), source.into()]);
     let command = format!("{} {:?} {arguments:?}", nvcc.release, env::var_os("NVCC_CCBIN"));
 
-    let read = |path: &Path| fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()));
     let fresh = image.is_file()
         && fingerprint(&command, &dependencies).is_ok_and(|now| read(&stamp).is_ok_and(|then| now == then));
     if !fresh {
@@ -244,15 +244,18 @@ fn compile(nvcc: &Nvcc, source: &Path, archs: &[String], out: &Path) -> Result<V
 /// The command and the hash of every file of this repository that `dependencies`, in make's syntax, names. The
 /// toolkit's own headers come with the compiler's release.
 fn fingerprint(command: &str, dependencies: &Path) -> Result<String, String> {
-    let failed = |path: &Path, error| format!("{}: {error}", path.display());
-    let text = fs::read_to_string(dependencies).map_err(|error| failed(dependencies, error))?;
+    let text = read(dependencies)?;
     let mut fingerprint = format!("{command}\n");
     for path in text.split_whitespace().map(Path::new).filter(|path| path.starts_with("kernels")) {
         let mut hasher = DefaultHasher::new();
-        hasher.write(&fs::read(path).map_err(|error| failed(path, error))?);
+        hasher.write(read(path)?.as_bytes());
         writeln!(fingerprint, "{} {:016x}", path.display(), hasher.finish()).expect("writing to a string");
     }
     Ok(fingerprint)
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
 }
 
 fn write(path: &Path, text: &str) -> Result<(), String> {

@@ -4,7 +4,7 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use loramux::backend::cpu::Cpu;
-use loramux::backend::{Backend, ExpertWeights, Gates, LinearSite, SiteChange, Write};
+use loramux::backend::{Backend, ExpertWeights, FrozenLinear, Gates, SiteChange, Write};
 use loramux::model::Weights;
 use loramux_benches::{Bench, RandomWeights, llama_1b, random_adapter, random_bf16};
 
@@ -12,7 +12,8 @@ use loramux_benches::{Bench, RandomWeights, llama_1b, random_adapter, random_bf1
 fn linear(criterion: &mut Criterion) {
     let (k, n) = (2048, 8192);
     let mut cpu = Cpu::new(None).expect("threads");
-    let mut experts = cpu.experts(k, n);
+    let frozen = FrozenLinear { weight: random_bf16([n, k], 0.04, 1), bias: None };
+    let mut site = cpu.group(vec![frozen]).expect("room");
     for slot in 0..8 {
         let change = SiteChange::LowRank(ExpertWeights {
             a: random_bf16([16, k], 0.02, slot + 100),
@@ -21,9 +22,8 @@ fn linear(criterion: &mut Criterion) {
             bias: None,
             column_scale: None,
         });
-        cpu.load_expert(&mut experts, slot as usize, &change).expect("room");
+        cpu.load_expert(&mut site, 0, slot as usize, &change).expect("room");
     }
-    let site = LinearSite { weight: random_bf16([n, k], 0.04, 1), bias: None, experts };
     let mut group = criterion.benchmark_group("linear");
     for rows in [1usize, 4, 16, 64, 512] {
         let mut x = cpu.buffer(rows, k).expect("room");
@@ -42,7 +42,7 @@ fn linear(criterion: &mut Criterion) {
             group.bench_function(BenchmarkId::new(format!("{adapters} adapters"), rows), |bencher| {
                 bencher.iter(|| {
                     cpu.scope(|cpu| {
-                        cpu.linear(std::slice::from_ref(&site), &x, &gates, Write::Replace, &mut y);
+                        cpu.linear(&site, &x, &gates, Write::Replace, &mut y);
                     });
                 });
             });

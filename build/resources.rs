@@ -11,12 +11,28 @@ pub struct Kernel {
     /// Per thread.
     registers: u32,
     barriers: u32,
-    /// Bytes of static shared memory; what a launch adds is not known here.
+    /// Bytes of a block.
     static_shared: u32,
+    /// Bytes that a launch adds, by params.h.
+    dynamic_shared: u32,
     /// Bytes per thread, with the next two: zero in what a build accepts.
     stack: u32,
     spill_stores: u32,
     spill_loads: u32,
+}
+
+/// Adds what launches of `kernels` ask for: `LORAMUX_<NAME>_SHARED_BYTES` of `params`, the text of params.h, is for the
+/// kernels whose names begin with that name.
+pub fn add_dynamic_shared(kernels: &mut [Kernel], params: &str) {
+    let defined = params.lines().filter_map(|line| {
+        let (name, value) = line.strip_prefix("#define LORAMUX_")?.split_once("_SHARED_BYTES ")?;
+        Some((name.to_lowercase(), value.trim().parse().ok()?))
+    });
+    for (prefix, bytes) in defined {
+        for kernel in kernels.iter_mut().filter(|kernel| kernel.name.starts_with(&prefix)) {
+            kernel.dynamic_shared = bytes;
+        }
+    }
 }
 
 /// The kernels of `source` by ptxas' `log`. Refused are spills, stack frames and performance warnings (`C75xx`).
@@ -78,11 +94,12 @@ pub fn to_json(nvcc: &str, archs: &[String], kernels: &[Kernel]) -> String {
     let lines: Vec<String> = kernels
         .iter()
         .map(|kernel| {
-            let Kernel { name, arch, registers, barriers, static_shared, stack, spill_stores, spill_loads } =
-                kernel;
+            let Kernel { name, arch, registers, barriers, static_shared, dynamic_shared, .. } = kernel;
+            let Kernel { stack, spill_stores, spill_loads, .. } = kernel;
             format!(
                 "\n    {{\"kernel\": {name:?}, \"arch\": {arch:?}, \"registers\": {registers}, \
-                 \"barriers\": {barriers}, \"static_shared\": {static_shared}, \"stack\": {stack}, \
+                 \"barriers\": {barriers}, \"static_shared\": {static_shared}, \
+                 \"dynamic_shared\": {dynamic_shared}, \"stack\": {stack}, \
                  \"spill_stores\": {spill_stores}, \"spill_loads\": {spill_loads}}}"
             )
         })

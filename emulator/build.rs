@@ -1,5 +1,5 @@
-//! Builds the stand-in driver: the runtime, the driver functions and the kernels, by the host's C++ compiler, into one
-//! shared object.
+//! Builds the stand-in driver: the runtime, the driver functions and the kernels, by the host's C++ compiler, into
+//! one shared object.
 //!
 //! `CXX` names the compiler, `LORAMUX_EMULATOR_SANITIZE` what `-fsanitize` gets.
 

@@ -13,11 +13,11 @@ using Rows64 = ProductShape<1, 4, 2, 6>;
 template <class Shape>
 constexpr bool matches(uint32_t rows, uint32_t shared_bytes) {
   return Shape::rows == rows && sizeof(typename Shape::Storage) == shared_bytes &&
-         Shape::columns == LORAMUX_DECODE_COLUMNS && Shape::threads == LORAMUX_DECODE_THREADS;
+         Shape::columns == LORAMUX_GEMM_DECODE_COLUMNS && Shape::threads == LORAMUX_GEMM_DECODE_THREADS;
 }
-static_assert(matches<Rows16>(16, LORAMUX_DECODE_16_SHARED_BYTES));
-static_assert(matches<Rows32>(32, LORAMUX_DECODE_32_SHARED_BYTES));
-static_assert(matches<Rows64>(64, LORAMUX_DECODE_64_SHARED_BYTES));
+static_assert(matches<Rows16>(16, LORAMUX_GEMM_DECODE_16_SHARED_BYTES));
+static_assert(matches<Rows32>(32, LORAMUX_GEMM_DECODE_32_SHARED_BYTES));
+static_assert(matches<Rows64>(64, LORAMUX_GEMM_DECODE_64_SHARED_BYTES));
 
 }  // namespace
 

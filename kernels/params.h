@@ -22,31 +22,33 @@ struct bf16;
 #define LORAMUX_MAX_SITES 4
 // Most K slices of a site group.
 #define LORAMUX_MAX_SLICES 8
+// Most K slices of V.
+#define LORAMUX_MAX_SHRINK_SLICES 8
 // K is cut into slices between blocks of this many elements.
 #define LORAMUX_K_BLOCK 64
 
-// Launch geometry. The kernels assert that it is theirs.
+// Launch geometry of the kernels whose names begin so. The kernels assert that it is theirs.
 #define LORAMUX_CHUNK_LISTS_THREADS 256
 // `shrink_gate_16`, for few rows: rows and rank chunks of a thread block.
-#define LORAMUX_SHRINK_16_ROWS 16
-#define LORAMUX_SHRINK_16_CHUNKS 1
-#define LORAMUX_SHRINK_16_THREADS 128
-#define LORAMUX_SHRINK_16_SHARED_BYTES 98304
+#define LORAMUX_SHRINK_GATE_16_ROWS 16
+#define LORAMUX_SHRINK_GATE_16_CHUNKS 1
+#define LORAMUX_SHRINK_GATE_16_THREADS 128
+#define LORAMUX_SHRINK_GATE_16_SHARED_BYTES 99328
 // `shrink_gate_64`, for many rows.
-#define LORAMUX_SHRINK_64_ROWS 64
-#define LORAMUX_SHRINK_64_CHUNKS 4
-#define LORAMUX_SHRINK_64_THREADS 256
-#define LORAMUX_SHRINK_64_SHARED_BYTES 73728
+#define LORAMUX_SHRINK_GATE_64_ROWS 64
+#define LORAMUX_SHRINK_GATE_64_CHUNKS 4
+#define LORAMUX_SHRINK_GATE_64_THREADS 256
+#define LORAMUX_SHRINK_GATE_64_SHARED_BYTES 92160
 // `gemm_rank_ext_*`: tiles of LORAMUX_ROW_TILE rows.
-#define LORAMUX_GEMM_COLUMNS 128
-#define LORAMUX_GEMM_THREADS 256
-#define LORAMUX_GEMM_SHARED_BYTES 98304
+#define LORAMUX_GEMM_RANK_EXT_COLUMNS 128
+#define LORAMUX_GEMM_RANK_EXT_THREADS 256
+#define LORAMUX_GEMM_RANK_EXT_SHARED_BYTES 98304
 // `gemm_decode_*`, for at most 16, 32 or 64 rows.
-#define LORAMUX_DECODE_COLUMNS 64
-#define LORAMUX_DECODE_THREADS 128
-#define LORAMUX_DECODE_16_SHARED_BYTES 81920
-#define LORAMUX_DECODE_32_SHARED_BYTES 98304
-#define LORAMUX_DECODE_64_SHARED_BYTES 98304
+#define LORAMUX_GEMM_DECODE_COLUMNS 64
+#define LORAMUX_GEMM_DECODE_THREADS 128
+#define LORAMUX_GEMM_DECODE_16_SHARED_BYTES 81920
+#define LORAMUX_GEMM_DECODE_32_SHARED_BYTES 98304
+#define LORAMUX_GEMM_DECODE_64_SHARED_BYTES 98304
 
 // A rank chunk in use by a row tile. Its index in the chunk list is also its v block: where `shrink_gate` leaves and
 // the products find V[row] = gate · scale · (x · A_chunkᵀ).
@@ -69,6 +71,11 @@ struct SlotChunks {
   // nor its neighbours decide in which order a row is summed.
   uint32_t phase;
   float scale;
+  uint32_t reserved;
+  // What the expert changes besides: with gate g, the frozen product is multiplied by 1 + g · (column_scale − 1)
+  // (DoRA), and g · bias is added. [out_features], or null.
+  DEVICE(const float) column_scale;
+  DEVICE(const float) bias;
 };
 
 // Where one site's chunks are looked up.
@@ -123,11 +130,16 @@ struct ShrinkGateParams {
   DEVICE(const struct bf16) a[LORAMUX_MAX_SITES];
   // [1]: rows of this step.
   DEVICE(const uint32_t) rows;
+  // `shrink_gate_16` with more than one slice: partial sums [v blocks][slices][LORAMUX_ROW_TILE][16].
+  DEVICE(float) partials;
+  // Likewise [v blocks][LORAMUX_ROW_TILE / 16]: slices that have arrived; zero before and after every launch.
+  DEVICE(uint32_t) arrived;
   uint32_t in_features;
   uint32_t x_stride;
-  // Cells of a row tile: slices · sites.
+  // K slices of V: not those of the products.
+  uint32_t slices;
+  // Cells of a row tile in the chunk list: the products' slices · sites.
   uint32_t cells;
-  uint32_t reserved;
 };
 
 // One linear layer of a group.
@@ -138,6 +150,8 @@ struct GemmSite {
   DEVICE(const float) bias;
   // Arena [chunk][out_features][16].
   DEVICE(const struct bf16) b;
+  // [slots]
+  DEVICE(const struct SlotChunks) slots;
   uint32_t out_features;
   // Where the site's outputs start in a row of y.
   uint32_t y_column;
@@ -156,8 +170,8 @@ enum Epilogue {
 // `gemm_rank_ext_*` and `gemm_decode_*`: Y = X · Wᵀ + bias + Σ_chunks V · Bᵀ, all sites of a group.
 //
 // The sum of one output is defined by the group alone: K is cut into `slices` runs of K blocks; a slice is summed in
-// fp32 over ascending k and then over its rank chunks in list order, from zero; slices are added in ascending order;
-// bias and residual come last; the result is rounded to bf16 once. Both kernels keep to it, so a row's bits depend
+// fp32 over ascending k, from zero, then changed column by column where experts do that (their biases in slice 0), then
+// summed over its rank chunks in list order; slices are added in ascending order; bias and residual come last; the result is rounded to bf16 once. Both kernels keep to it, so a row's bits depend
 // neither on the kernel nor on the other rows.
 struct GemmParams {
   // [rows][x_stride], in_features used.
@@ -171,12 +185,17 @@ struct GemmParams {
   // null for a group without adapters.
   DEVICE(const struct RankChunk) chunks;
   DEVICE(const uint32_t) starts;
-  // Where slices are spread over thread blocks: partial sums [tiles][slices][rows of the tile][columns of the tile].
+  // With more than one slice, partial sums. Where slices are spread over thread blocks: [tiles][slices][rows of the
+  // tile][columns of the tile]; where a thread block has them all: as much for each thread block.
   DEVICE(float) partials;
   // [tiles]: slices that have arrived; zero before the first launch and after every launch.
   DEVICE(uint32_t) arrived;
   // [1]: rows of this step.
   DEVICE(const uint32_t) rows;
+  // The step's experts, as in `ChunkListParams` and `ShrinkGateParams`; read only if `changes_columns`.
+  DEVICE(const uint32_t) tile_entries;
+  DEVICE(const uint32_t) entry_slots;
+  DEVICE(const float) gates;
   struct GemmSite site[LORAMUX_MAX_SITES];
   uint32_t sites;
   uint32_t slices;
@@ -185,8 +204,11 @@ struct GemmParams {
   uint32_t y_stride;
   // enum Epilogue
   uint32_t epilogue;
-  // Row tiles that the grid covers.
+  // Tiles of `gemm_rank_ext` and `gemm_rank_ext_sliced`.
   uint32_t row_tiles;
+  uint32_t column_tiles;
+  // Whether a slot of the group has a column scale or a bias.
+  uint32_t changes_columns;
   uint32_t reserved;
 };
 

@@ -8,11 +8,14 @@ static_assert(offsetof(RankChunk, entry) == 4, "RankChunk::entry");
 static_assert(offsetof(RankChunk, site) == 8, "RankChunk::site");
 static_assert(offsetof(RankChunk, scale) == 12, "RankChunk::scale");
 
-static_assert(sizeof(SlotChunks) == 12, "SlotChunks");
-static_assert(alignof(SlotChunks) == 4, "SlotChunks");
+static_assert(sizeof(SlotChunks) == 32, "SlotChunks");
+static_assert(alignof(SlotChunks) == 8, "SlotChunks");
 static_assert(offsetof(SlotChunks, count) == 0, "SlotChunks::count");
 static_assert(offsetof(SlotChunks, phase) == 4, "SlotChunks::phase");
 static_assert(offsetof(SlotChunks, scale) == 8, "SlotChunks::scale");
+static_assert(offsetof(SlotChunks, reserved) == 12, "SlotChunks::reserved");
+static_assert(offsetof(SlotChunks, column_scale) == 16, "SlotChunks::column_scale");
+static_assert(offsetof(SlotChunks, bias) == 24, "SlotChunks::bias");
 
 static_assert(sizeof(ChunkListSite) == 24, "ChunkListSite");
 static_assert(alignof(ChunkListSite) == 8, "ChunkListSite");
@@ -38,7 +41,7 @@ static_assert(offsetof(ChunkListParams, tile_entries) == 16, "ChunkListParams::t
 static_assert(offsetof(ChunkListParams, entry_slots) == 24, "ChunkListParams::entry_slots");
 static_assert(offsetof(ChunkListParams, overflow) == 32, "ChunkListParams::overflow");
 
-static_assert(sizeof(ShrinkGateParams) == 96, "ShrinkGateParams");
+static_assert(sizeof(ShrinkGateParams) == 112, "ShrinkGateParams");
 static_assert(alignof(ShrinkGateParams) == 8, "ShrinkGateParams");
 static_assert(offsetof(ShrinkGateParams, x) == 0, "ShrinkGateParams::x");
 static_assert(offsetof(ShrinkGateParams, v) == 8, "ShrinkGateParams::v");
@@ -47,20 +50,23 @@ static_assert(offsetof(ShrinkGateParams, chunks) == 24, "ShrinkGateParams::chunk
 static_assert(offsetof(ShrinkGateParams, starts) == 32, "ShrinkGateParams::starts");
 static_assert(offsetof(ShrinkGateParams, a) == 40, "ShrinkGateParams::a");
 static_assert(offsetof(ShrinkGateParams, rows) == 72, "ShrinkGateParams::rows");
-static_assert(offsetof(ShrinkGateParams, in_features) == 80, "ShrinkGateParams::in_features");
-static_assert(offsetof(ShrinkGateParams, x_stride) == 84, "ShrinkGateParams::x_stride");
-static_assert(offsetof(ShrinkGateParams, cells) == 88, "ShrinkGateParams::cells");
-static_assert(offsetof(ShrinkGateParams, reserved) == 92, "ShrinkGateParams::reserved");
+static_assert(offsetof(ShrinkGateParams, partials) == 80, "ShrinkGateParams::partials");
+static_assert(offsetof(ShrinkGateParams, arrived) == 88, "ShrinkGateParams::arrived");
+static_assert(offsetof(ShrinkGateParams, in_features) == 96, "ShrinkGateParams::in_features");
+static_assert(offsetof(ShrinkGateParams, x_stride) == 100, "ShrinkGateParams::x_stride");
+static_assert(offsetof(ShrinkGateParams, slices) == 104, "ShrinkGateParams::slices");
+static_assert(offsetof(ShrinkGateParams, cells) == 108, "ShrinkGateParams::cells");
 
-static_assert(sizeof(GemmSite) == 32, "GemmSite");
+static_assert(sizeof(GemmSite) == 40, "GemmSite");
 static_assert(alignof(GemmSite) == 8, "GemmSite");
 static_assert(offsetof(GemmSite, weight) == 0, "GemmSite::weight");
 static_assert(offsetof(GemmSite, bias) == 8, "GemmSite::bias");
 static_assert(offsetof(GemmSite, b) == 16, "GemmSite::b");
-static_assert(offsetof(GemmSite, out_features) == 24, "GemmSite::out_features");
-static_assert(offsetof(GemmSite, y_column) == 28, "GemmSite::y_column");
+static_assert(offsetof(GemmSite, slots) == 24, "GemmSite::slots");
+static_assert(offsetof(GemmSite, out_features) == 32, "GemmSite::out_features");
+static_assert(offsetof(GemmSite, y_column) == 36, "GemmSite::y_column");
 
-static_assert(sizeof(GemmParams) == 232, "GemmParams");
+static_assert(sizeof(GemmParams) == 296, "GemmParams");
 static_assert(alignof(GemmParams) == 8, "GemmParams");
 static_assert(offsetof(GemmParams, x) == 0, "GemmParams::x");
 static_assert(offsetof(GemmParams, y) == 8, "GemmParams::y");
@@ -71,15 +77,20 @@ static_assert(offsetof(GemmParams, starts) == 40, "GemmParams::starts");
 static_assert(offsetof(GemmParams, partials) == 48, "GemmParams::partials");
 static_assert(offsetof(GemmParams, arrived) == 56, "GemmParams::arrived");
 static_assert(offsetof(GemmParams, rows) == 64, "GemmParams::rows");
-static_assert(offsetof(GemmParams, site) == 72, "GemmParams::site");
-static_assert(offsetof(GemmParams, sites) == 200, "GemmParams::sites");
-static_assert(offsetof(GemmParams, slices) == 204, "GemmParams::slices");
-static_assert(offsetof(GemmParams, in_features) == 208, "GemmParams::in_features");
-static_assert(offsetof(GemmParams, x_stride) == 212, "GemmParams::x_stride");
-static_assert(offsetof(GemmParams, y_stride) == 216, "GemmParams::y_stride");
-static_assert(offsetof(GemmParams, epilogue) == 220, "GemmParams::epilogue");
-static_assert(offsetof(GemmParams, row_tiles) == 224, "GemmParams::row_tiles");
-static_assert(offsetof(GemmParams, reserved) == 228, "GemmParams::reserved");
+static_assert(offsetof(GemmParams, tile_entries) == 72, "GemmParams::tile_entries");
+static_assert(offsetof(GemmParams, entry_slots) == 80, "GemmParams::entry_slots");
+static_assert(offsetof(GemmParams, gates) == 88, "GemmParams::gates");
+static_assert(offsetof(GemmParams, site) == 96, "GemmParams::site");
+static_assert(offsetof(GemmParams, sites) == 256, "GemmParams::sites");
+static_assert(offsetof(GemmParams, slices) == 260, "GemmParams::slices");
+static_assert(offsetof(GemmParams, in_features) == 264, "GemmParams::in_features");
+static_assert(offsetof(GemmParams, x_stride) == 268, "GemmParams::x_stride");
+static_assert(offsetof(GemmParams, y_stride) == 272, "GemmParams::y_stride");
+static_assert(offsetof(GemmParams, epilogue) == 276, "GemmParams::epilogue");
+static_assert(offsetof(GemmParams, row_tiles) == 280, "GemmParams::row_tiles");
+static_assert(offsetof(GemmParams, column_tiles) == 284, "GemmParams::column_tiles");
+static_assert(offsetof(GemmParams, changes_columns) == 288, "GemmParams::changes_columns");
+static_assert(offsetof(GemmParams, reserved) == 292, "GemmParams::reserved");
 
 static_assert(sizeof(AttentionTile) == 32, "AttentionTile");
 static_assert(alignof(AttentionTile) == 4, "AttentionTile");

@@ -2,15 +2,15 @@
 //
 //   Y = [X | V] · [W | B]ᵀ        K blocks of 64 values, then rank blocks of four rank chunks
 //
-// A thread block computes a tile of rows x columns over one or more K slices. Blocks stream through a ring of stages
+// A thread block computes a tile of rows x columns over one K slice at a time. Blocks stream through a ring of stages
 // in shared memory; a rank block has the layout of a K block, chunk j in steps j of all rows, so what multiplies them
 // cannot tell which is which. See `GemmParams` for the order of every sum.
 //
 // Columns of a tile belong to one site; for SwiGLU half of every warp's columns are gates and the other half the same
 // columns of up, so that a pair meets in one tile.
 #pragma once
-#include <bf16.cuh>
 #include <device.cuh>
+#include <eight.cuh>
 #include <tile.cuh>
 
 // `warp_rows` x 4 warps, each with sums of `row_blocks` x `column_blocks` blocks of 16x8.
@@ -41,15 +41,17 @@ struct ProductShape {
   };
 };
 
+// Whether a tile's columns are of two sites.
+__device__ __forceinline__ bool is_paired(const GemmParams& p) { return p.epilogue == LORAMUX_SWIGLU; }
+
 // Columns that a thread block computes: `columns` of one site, or for SwiGLU half as many of site 0 and of site 1.
 struct ColumnTile {
   uint32_t site, first;
-  bool paired;
 
   // Tile number `index` of the group; the host counts them the same way (`column_tiles`).
   __device__ __forceinline__ ColumnTile(const GemmParams& p, uint32_t index, uint32_t columns)
-      : site(0), first(index * columns), paired(p.epilogue == LORAMUX_SWIGLU) {
-    if (paired) {
+      : site(0), first(index * columns) {
+    if (is_paired(p)) {
       first = index * (columns / 2);
       return;
     }
@@ -73,33 +75,23 @@ class Product {
  public:
   using Sums = typename Shape::Sums;
 
-  __device__ __forceinline__ Product(const GemmParams& p, const ColumnTile& tile, uint32_t row,
-                                     typename Shape::Storage& storage, uint32_t first_slice, uint32_t end_slice)
-      : p_(p), storage_(storage), tile_(tile), row_(row), end_slice_(end_slice), slice_(first_slice) {
-    const uint32_t row_in_pass = threadIdx.x / block_pieces;
-    if (tile.paired) {
-      constexpr uint32_t half = Shape::columns_of_warp / 2;
-      site_ = row_in_pass / half;
-      weight_row_ = tile.first + row_in_pass % half;
-      weight_step_ = half;
-    } else {
-      site_ = tile.site;
-      weight_row_ = tile.first + row_in_pass;
-      weight_step_ = Shape::columns_of_warp;
-    }
-    out_features_ = p.site[site_].out_features;
+  __device__ __forceinline__ Product(const GemmParams& p, const ColumnTile& tile, uint32_t row, uint32_t slice,
+                                     typename Shape::Storage& storage)
+      : p_(p), storage_(storage), tile_(tile), row_(row), slice_(slice) {
     policy_ = stream_weights ? ptx::evict_first_policy() : 0;
-    block_ = slice_begin(p, slice_);
-    block_end_ = slice_begin(p, slice_ + 1);
+    block_ = slice_begin(p, slice);
+    block_end_ = slice_begin(p, slice + 1);
     // Weights do not depend on the previous grid: they are under way while it ends.
     const uint32_t blocks = block_end_ - block_;
-#pragma unroll
-    for (uint32_t i = 0; i + 1 < Shape::stages; ++i)
-      if (i < blocks) copy_weights(storage_.stage[i], block_ + i);
+#pragma unroll 1
+    for (uint32_t i = 0; i + 1 < Shape::stages && i < blocks; ++i) copy_weights(storage_.stage[i], block_ + i);
     ptx::wait_for_previous_grid();
     rows_ = *p.rows;
-    find_chunks();
-#pragma unroll
+    const Range chunks = chunk_range();
+    chunk_ = chunks.begin;
+    chunk_end_ = chunks.end;
+    look_up_chunk();
+#pragma unroll 1
     for (uint32_t i = 0; i + 1 < Shape::stages; ++i) {
       fill(i, i < blocks);
       ptx::copy_async_commit();
@@ -110,17 +102,17 @@ class Product {
   __device__ __forceinline__ bool has_rows() const { return row_ < rows_; }
   __device__ __forceinline__ uint32_t rows() const { return rows_; }
 
-  // The sums of one slice; slices are asked for in the order in which they were given to the constructor.
-  __device__ __forceinline__ void multiply_slice(uint32_t slice, Sums& sums) {
+  // The sums of the slice. Afterwards no thread reads or fills a stage: shared memory is free for other use.
+  __device__ __forceinline__ void multiply(Sums& sums) {
     sums.clear();
-    const uint32_t blocks = slice_begin(p_, slice + 1) - slice_begin(p_, slice);
 #pragma unroll 1
-    for (uint32_t i = 0; i < blocks; ++i) {
+    for (uint32_t i = slice_begin(p_, slice_); i < block_end_; ++i) {
       typename Shape::Stage& stage = next_stage();
 #pragma unroll
       for (uint32_t step = 0; step < block_steps; ++step) multiply_step(stage, step, sums);
     }
-    const Range chunks = chunk_range(slice);
+    if (p_.changes_columns) change_columns(sums);
+    const Range chunks = chunk_range();
 #pragma unroll 1
     for (uint32_t chunk = chunks.begin; chunk < chunks.end; chunk += block_steps) {
       typename Shape::Stage& stage = next_stage();
@@ -128,10 +120,6 @@ class Product {
 #pragma unroll 1
       for (uint32_t step = 0; step < steps; ++step) multiply_step(stage, step, sums);
     }
-  }
-
-  // Waits until no thread reads or fills a stage: shared memory is free for other use.
-  __device__ __forceinline__ void drain() {
     ptx::copy_async_wait<0>();
     __syncthreads();
   }
@@ -159,6 +147,45 @@ class Product {
                   warp % Shape::warp_columns * Shape::columns_of_warp, step);
   }
 
+  // What experts do to the frozen product of a slice besides their ranks. An expert that a row does not use has gate 0
+  // there and changes no bit of it.
+  __device__ __forceinline__ void change_columns(Sums& sums) const {
+    const uint32_t warp = threadIdx.x / 32, tile = row_ / LORAMUX_ROW_TILE;
+    const uint32_t row = row_ % LORAMUX_ROW_TILE + warp / Shape::warp_columns * Shape::rows_of_warp + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (uint32_t c = 0; c < Shape::column_blocks; ++c) {
+      uint32_t column = c * 8 + threadIdx.x % 4 * 2, site = tile_.site, width = Shape::columns_of_warp;
+      if (is_paired(p_)) {
+        width /= 2;
+        site = column / width;
+        column %= width;
+      }
+      column += tile_.first + warp % Shape::warp_columns * width;
+      if (column >= p_.site[site].out_features) continue;
+#pragma unroll
+      for (uint32_t r = 0; r < Shape::row_blocks * 2; ++r) {
+        float scale[2] = {1.0f, 1.0f}, added[2] = {};
+#pragma unroll 1
+        for (uint32_t entry = p_.tile_entries[tile]; entry < p_.tile_entries[tile + 1]; ++entry) {
+          const SlotChunks& expert = p_.site[site].slots[p_.entry_slots[entry]];
+          const float gate = p_.gates[size_t(entry) * LORAMUX_ROW_TILE + row + r * 8];
+#pragma unroll
+          for (uint32_t i = 0; i < 2; ++i) {
+            if (expert.column_scale != nullptr)
+              scale[i] = fmaf(gate, expert.column_scale[column + i] - 1.0f, scale[i]);
+            if (expert.bias != nullptr) added[i] = fmaf(gate, expert.bias[column + i], added[i]);
+          }
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < 2; ++i) {
+          float& sum = sums.at[r / 2][c][r % 2 * 2 + i];
+          // Spelt out, so that all kernels round alike.
+          sum = fmaf(sum, scale[i], slice_ == 0 ? added[i] : 0.0f);
+        }
+      }
+    }
+  }
+
   // Starts to copy the next block, if there is one, and moves on to the one after it.
   __device__ __forceinline__ void fill(uint32_t stage_index, bool weights_are_under_way) {
     typename Shape::Stage& stage = storage_.stage[stage_index];
@@ -171,42 +198,40 @@ class Product {
       chunk_ += block_steps;
       look_up_chunk();
     }
-    if (block_ == block_end_ && chunk_ >= chunk_end_ && slice_ + 1 < end_slice_) {
-      ++slice_;
-      block_end_ = slice_begin(p_, slice_ + 1);
-      find_chunks();
-    }
   }
 
-  __device__ __forceinline__ Range chunk_range(uint32_t slice) const {
+  __device__ __forceinline__ Range chunk_range() const {
     if (p_.chunks == nullptr || !has_rows()) return {0, 0};
     const uint32_t cell =
-        (row_ / LORAMUX_ROW_TILE * p_.slices + slice) * p_.sites + (tile_.paired ? 0 : tile_.site);
-    return {p_.starts[cell], p_.starts[cell + (tile_.paired ? 2 : 1)]};
-  }
-
-  __device__ __forceinline__ void find_chunks() {
-    const Range chunks = chunk_range(slice_);
-    chunk_ = chunks.begin;
-    chunk_end_ = chunks.end;
-    look_up_chunk();
+        (row_ / LORAMUX_ROW_TILE * p_.slices + slice_) * p_.sites + (is_paired(p_) ? 0 : tile_.site);
+    return {p_.starts[cell], p_.starts[cell + (is_paired(p_) ? 2 : 1)]};
   }
 
   // Reads this thread's entry of the next rank block a block early, so that nobody waits for it.
   __device__ __forceinline__ void look_up_chunk() {
     const uint32_t mine = chunk_ + piece() / 2;
-    if (mine < chunk_end_) {
-      arena_chunk_ = p_.chunks[mine].chunk;
-      chunk_is_of_site_ = p_.chunks[mine].site == site_;
-    }
+    if (mine < chunk_end_) arena_chunk_ = p_.chunks[mine].site == site() ? p_.chunks[mine].chunk : no_chunk;
   }
+
+  // This thread's rows of the weight tile: their site, the first of them, and their distance. Computed anew each time:
+  // registers are what a tile is short of.
+  __device__ __forceinline__ uint32_t site() const {
+    return is_paired(p_) ? threadIdx.x / block_pieces / (Shape::columns_of_warp / 2) : tile_.site;
+  }
+  __device__ __forceinline__ uint32_t weight_row() const {
+    return tile_.first + threadIdx.x / block_pieces % weight_step();
+  }
+  __device__ __forceinline__ uint32_t weight_step() const {
+    return is_paired(p_) ? Shape::columns_of_warp / 2 : Shape::columns_of_warp;
+  }
+  __device__ __forceinline__ uint32_t out_features() const { return p_.site[site()].out_features; }
 
   // The 16-byte piece of every row that this thread copies.
   __device__ __forceinline__ uint32_t piece() const { return threadIdx.x % block_pieces; }
 
   __device__ __forceinline__ void copy_weights(typename Shape::Stage& stage, uint32_t block) {
     const uint32_t k = block * LORAMUX_K_BLOCK + piece() * piece_values;
-    const bf16* from = p_.site[site_].weight + size_t(weight_row_) * p_.in_features + k;
+    const bf16* from = p_.site[site()].weight + size_t(weight_row()) * p_.in_features + k;
     copy_columns(stage, from, p_.in_features, k < p_.in_features);
   }
 
@@ -216,8 +241,8 @@ class Product {
 #pragma unroll
     for (uint32_t i = 0; i < Shape::warp_columns; ++i) {
       void* to = stage.w.piece(threadIdx.x / block_pieces + i * Shape::copied_rows, piece());
-      const bf16* row = from + size_t(i * weight_step_) * stride;
-      const bool copied = valid && weight_row_ + i * weight_step_ < out_features_;
+      const bf16* row = from + size_t(i * weight_step()) * stride;
+      const bool copied = valid && weight_row() + i * weight_step() < out_features();
       if (stream_weights)
         ptx::copy_async_16(to, row, copied, policy_);
       else
@@ -246,39 +271,25 @@ class Product {
     const bool valid = mine < chunk_end_;
     const size_t v_row = size_t(mine) * LORAMUX_ROW_TILE + row_ % LORAMUX_ROW_TILE;
     copy_rows(stage, p_.v + v_row * LORAMUX_RANK_CHUNK + value, LORAMUX_RANK_CHUNK, valid);
-    const size_t b_row = size_t(arena_chunk_) * out_features_ + weight_row_;
-    copy_columns(stage, p_.site[site_].b + b_row * LORAMUX_RANK_CHUNK + value, LORAMUX_RANK_CHUNK,
-                 valid && chunk_is_of_site_);
+    const size_t b_row = size_t(arena_chunk_) * out_features() + weight_row();
+    copy_columns(stage, p_.site[site()].b + b_row * LORAMUX_RANK_CHUNK + value, LORAMUX_RANK_CHUNK,
+                 valid && arena_chunk_ != no_chunk);
   }
 
   const GemmParams& p_;
   typename Shape::Storage& storage_;
   const ColumnTile tile_;
-  // First row of the tile, rows of the step, end of the slices that are multiplied here.
-  uint32_t row_, rows_ = 0, end_slice_;
-  // This thread's rows of the weight tile: site, first row, distance of the rows.
-  uint32_t site_, weight_row_, weight_step_, out_features_;
+  // First row of the tile, rows of the step.
+  uint32_t row_, rows_;
   uint64_t policy_;
-  // What is filled next: K block or rank chunk of a slice.
-  uint32_t slice_, block_, block_end_, chunk_ = 0, chunk_end_ = 0;
-  uint32_t arena_chunk_ = 0;
-  bool chunk_is_of_site_ = false;
+  const uint32_t slice_;
+  // What is filled next: K block or rank chunk.
+  uint32_t block_, block_end_, chunk_, chunk_end_;
+  // This thread's chunk of the next rank block; none where it is for the tile's other site.
+  static constexpr uint32_t no_chunk = ~0u;
+  uint32_t arena_chunk_ = no_chunk;
   uint32_t read_stage_ = 0;
 };
-
-struct Eight {
-  float at[8];
-};
-
-__device__ __forceinline__ Eight read_eight(const float* from) {
-  const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
-  return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
-}
-
-__device__ __forceinline__ void add(Eight& to, const Eight& other) {
-#pragma unroll
-  for (uint32_t i = 0; i < 8; ++i) to.at[i] += other.at[i];
-}
 
 __device__ __forceinline__ void add_bias(Eight& to, const GemmSite& site, uint32_t column) {
   if (site.bias != nullptr) add(to, read_eight(site.bias + column));
@@ -291,7 +302,7 @@ __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + exp
 template <class Shape, class Sums>
 __device__ __forceinline__ void write_outputs(const GemmParams& p, const ColumnTile& tile, uint32_t first_row,
                                               uint32_t rows, Sums sums) {
-  const uint32_t columns = tile.paired ? Shape::columns / 2 : Shape::columns;
+  const uint32_t columns = is_paired(p) ? Shape::columns / 2 : Shape::columns;
   const uint32_t pieces = columns / piece_values;
   const GemmSite& site = p.site[tile.site];
 #pragma unroll 1
@@ -301,7 +312,7 @@ __device__ __forceinline__ void write_outputs(const GemmParams& p, const ColumnT
     if (first_row + row >= rows || column >= site.out_features) continue;
     const size_t output = size_t(first_row + row) * p.y_stride + site.y_column + column;
     Eight value;
-    if (tile.paired) {
+    if (is_paired(p)) {
       constexpr uint32_t half = Shape::columns_of_warp / 2;
       const uint32_t gate_column = piece * piece_values / half * Shape::columns_of_warp + piece * piece_values % half;
       value = sums(row, gate_column);
@@ -314,18 +325,10 @@ __device__ __forceinline__ void write_outputs(const GemmParams& p, const ColumnT
       value = sums(row, piece * piece_values);
       add_bias(value, site, column);
       if (p.epilogue == LORAMUX_ADD_RESIDUAL) {
-        const uint4 residual = *reinterpret_cast<const uint4*>(p.residual + output);
-        const uint32_t pairs[4] = {residual.x, residual.y, residual.z, residual.w};
-#pragma unroll
-        for (uint32_t j = 0; j < 4; ++j) {
-          value.at[j * 2] += low_float(pairs[j]);
-          value.at[j * 2 + 1] += high_float(pairs[j]);
-        }
+        add(value, unpack(*reinterpret_cast<const uint4*>(p.residual + output)));
       }
     }
-    *reinterpret_cast<uint4*>(p.y + output) =
-        make_uint4(ptx::pack_bf16(value.at[0], value.at[1]), ptx::pack_bf16(value.at[2], value.at[3]),
-                   ptx::pack_bf16(value.at[4], value.at[5]), ptx::pack_bf16(value.at[6], value.at[7]));
+    *reinterpret_cast<uint4*>(p.y + output) = pack(value);
   }
 }
 
@@ -337,11 +340,10 @@ __device__ __forceinline__ float* warp_corner(float* tile, uint32_t stride) {
          warp % Shape::warp_columns * Shape::columns_of_warp;
 }
 
-// Outputs of sums that one thread block holds whole.
+// Outputs of sums that lie in shared memory, once all threads have left theirs there.
 template <class Shape>
 __device__ __forceinline__ void finish(const GemmParams& p, const ColumnTile& tile, uint32_t first_row, uint32_t rows,
-                                       const typename Shape::Sums& sums, typename Shape::Storage& storage) {
-  sums.store(warp_corner<Shape>(storage.sums, Shape::sum_stride), Shape::sum_stride);
+                                       const typename Shape::Storage& storage) {
   __syncthreads();
   write_outputs<Shape>(p, tile, first_row, rows, [&](uint32_t row, uint32_t column) {
     return read_eight(storage.sums + row * Shape::sum_stride + column);
@@ -358,14 +360,14 @@ __device__ __forceinline__ void multiply_one_slice(const GemmParams& p) {
   ptx::allow_next_grid();
   const ColumnTile tile(p, blockIdx.x, Shape::columns);
   const uint32_t slice = blockIdx.y, row = blockIdx.z * Shape::rows;
-  Product<Shape, stream_weights> product(p, tile, row, storage, slice, slice + 1);
+  Product<Shape, stream_weights> product(p, tile, row, slice, storage);
   if (!product.has_rows()) return;
 
   typename Shape::Sums sums;
-  product.multiply_slice(slice, sums);
-  product.drain();
+  product.multiply(sums);
   if (p.slices == 1) {
-    finish<Shape>(p, tile, row, product.rows(), sums, storage);
+    sums.store(warp_corner<Shape>(storage.sums, Shape::sum_stride), Shape::sum_stride);
+    finish<Shape>(p, tile, row, product.rows(), storage);
     return;
   }
 

@@ -1,22 +1,27 @@
 // V = gate · scale · (X · Aᵀ) for every rank chunk in use: one pass over X for all sites of a group.
 //
-// A thread block takes some rows of a row tile and some chunks of the tile's list, and multiplies over the whole of K.
-// Four warps share a K block, one tensor core step each, so even a single chunk has short chains of sums. Their sums
-// are added as ((s0 + s1) + s2) + s3: an element of V depends on its row, its chunk and nothing else.
+// A thread block takes some rows of a row tile and some chunks of the tile's list. Four warps share a K block, one tensor
+// core step each, so even a single chunk has short chains of sums. K is cut into slices, as for the products, but by its
+// length alone: a slice's sums are added as ((s0 + s1) + s2) + s3, slices in ascending order. An element of V depends on
+// its row, its chunk and nothing else.
+//
+// For few rows each slice has a thread block of its own, so that a single adapter keeps many multiprocessors busy; the
+// last one to arrive adds the slices up. For many rows a thread block has all slices.
 //
 // Chunks that no row of the thread block uses are not multiplied; their V is zero.
 //
-// Grid: (row tiles · parts of a tile, thread blocks that share the tile's chunks).
-#include <bf16.cuh>
+// Grid: (row tiles · parts of a tile, thread blocks that share the tile's chunks, K slices or 1).
 #include <device.cuh>
+#include <eight.cuh>
 #include <tile.cuh>
 
 namespace {
 
 // `row_groups` x 4 warps; a thread block has `row_groups · row_blocks · 16` rows and `chunks` rank chunks at a time,
-// and stages of `blocks` K blocks.
-template <uint32_t row_groups_, uint32_t row_blocks_, uint32_t chunks_, uint32_t blocks_, uint32_t stages_>
+// and stages of `blocks` K blocks. `split`: it has one slice of K, else all of them.
+template <uint32_t row_groups_, uint32_t row_blocks_, uint32_t chunks_, uint32_t blocks_, uint32_t stages_, bool split_>
 struct ShrinkShape {
+  static constexpr bool split = split_;
   static constexpr uint32_t row_groups = row_groups_, row_blocks = row_blocks_, chunks = chunks_;
   static constexpr uint32_t blocks = blocks_, stages = stages_;
   static constexpr uint32_t threads = row_groups * block_steps * 32;
@@ -32,9 +37,12 @@ struct ShrinkShape {
     OperandTile<ranks> a;
   };
   // All of a thread block's shared memory.
-  union Storage {
-    Block stage[stages][blocks];
-    float sums[block_steps][rows][sum_stride];
+  struct Storage {
+    union {
+      Block stage[stages][blocks];
+      float sums[block_steps][rows][sum_stride];
+    };
+    float totals[split ? 1 : rows][sum_stride];
   };
 };
 
@@ -44,18 +52,64 @@ class Shrink {
   __device__ __forceinline__ Shrink(const ShrinkGateParams& p, typename Shape::Storage& storage, uint32_t rows)
       : p_(p), storage_(storage), rows_(rows), first_row_(blockIdx.x * Shape::rows) {}
 
-  // The chunks `first ..` of the list, at most `Shape::chunks` of them and none from `end` on.
+  // The chunks `first ..` of the list, at most `Shape::chunks` of them and none from `end` on. The barrier of the first
+  // question keeps the sums of the chunks before until every thread has read them.
   __device__ __forceinline__ void run(uint32_t first, uint32_t end) {
-    const bool used = any_row_uses(first, end);
-    if (used) {
-      multiply(first, end);
-      reduce(first, end);
+    if (!any_row_uses(first, end)) {
+      if (blockIdx.z == 0) write(first, end, [](uint32_t, uint32_t) { return Eight{}; });
+    } else if constexpr (Shape::split) {
+      run_slice(first, end);
     } else {
-      write(first, end, [](uint32_t, uint32_t, float) { return make_uint4(0, 0, 0, 0); });
+      run_all_slices(first, end);
     }
   }
 
  private:
+  __device__ __forceinline__ void run_all_slices(uint32_t first, uint32_t end) {
+    for (uint32_t slice = 0; slice < p_.slices; ++slice) {
+      multiply(first, end, slice);
+      for_pieces(first, end, [&](uint32_t row, uint32_t column) {
+        Eight total = {};
+        if (slice > 0) total = read_eight(&storage_.totals[row][column]);
+        add(total, slice_sums(row, column));
+        write_eight(&storage_.totals[row][column], total);
+      });
+      // The next slice's stages lie where this one's sums are being read.
+      __syncthreads();
+    }
+    write(first, end, [&](uint32_t row, uint32_t column) { return read_eight(&storage_.totals[row][column]); });
+  }
+
+  // One chunk at a time, so the partial sums of all its slices are [slices][LORAMUX_ROW_TILE][16].
+  __device__ __forceinline__ void run_slice(uint32_t first, uint32_t end) {
+    static_assert(!Shape::split || Shape::chunks == 1);
+    multiply(first, end, blockIdx.z);
+    if (p_.slices == 1) {
+      write(first, end, [&](uint32_t row, uint32_t column) { return slice_sums(row, column); });
+      return;
+    }
+    const auto partial = [&](uint32_t slice, uint32_t row, uint32_t column) {
+      const size_t v_row = (size_t(first) * p_.slices + slice) * LORAMUX_ROW_TILE + row_in_tile(row);
+      return p_.partials + v_row * LORAMUX_RANK_CHUNK + column;
+    };
+    for_pieces(first, end, [&](uint32_t row, uint32_t column) {
+      write_eight(partial(blockIdx.z, row, column), slice_sums(row, column));
+    });
+    __syncthreads();
+    bool last = false;
+    if (threadIdx.x == 0) {
+      uint32_t& arrived = p_.arrived[(size_t(first) * LORAMUX_ROW_TILE + row_in_tile(0)) / Shape::rows];
+      last = ptx::fetch_add_acquire_release(&arrived, 1) == p_.slices - 1;
+      if (last) arrived = 0;
+    }
+    if (!__syncthreads_or(last)) return;
+    write(first, end, [&](uint32_t row, uint32_t column) {
+      Eight total = {};
+      for (uint32_t slice = 0; slice < p_.slices; ++slice) add(total, read_eight(partial(slice, row, column)));
+      return total;
+    });
+  }
+
   // Gate times scale of a row for a chunk.
   __device__ __forceinline__ float factor(uint32_t row, uint32_t chunk) const {
     const RankChunk& c = p_.chunks[chunk];
@@ -73,21 +127,23 @@ class Shrink {
     return __syncthreads_or(used);
   }
 
-  // Leaves each warp's sums in shared memory.
-  __device__ __forceinline__ void multiply(uint32_t first, uint32_t end) {
+  // Leaves each warp's sums over one slice in shared memory.
+  __device__ __forceinline__ void multiply(uint32_t first, uint32_t end, uint32_t slice) {
     const uint32_t warp = threadIdx.x / 32, step = warp % block_steps, row = warp / block_steps * Shape::row_blocks * 16;
-    constexpr uint32_t values = Shape::blocks * LORAMUX_K_BLOCK;
-    const uint32_t stages = (p_.in_features + values - 1) / values;
+    const uint32_t blocks = (p_.in_features + LORAMUX_K_BLOCK - 1) / LORAMUX_K_BLOCK;
+    block_ = slice * blocks / p_.slices;
+    block_end_ = (slice + 1) * blocks / p_.slices;
+    const uint32_t stages = (block_end_ - block_ + Shape::blocks - 1) / Shape::blocks;
     find_ranks(first, end);
     typename Shape::Sums sums;
     sums.clear();
 #pragma unroll 1
-    for (uint32_t i = 0; i + 1 < Shape::stages; ++i) fill(i, i);
+    for (uint32_t i = 0; i + 1 < Shape::stages; ++i) fill(i);
 #pragma unroll 1
     for (uint32_t i = 0; i < stages; ++i) {
       ptx::copy_async_wait<Shape::stages - 2>();
       __syncthreads();
-      fill((i + Shape::stages - 1) % Shape::stages, i + Shape::stages - 1);
+      fill((i + Shape::stages - 1) % Shape::stages);
 #pragma unroll
       for (uint32_t b = 0; b < Shape::blocks; ++b) {
         typename Shape::Block& block = storage_.stage[i % Shape::stages][b];
@@ -114,14 +170,14 @@ class Shrink {
     }
   }
 
-  // Starts to copy the K blocks of stage number `index` of the product; past its end only the group is closed.
-  __device__ __forceinline__ void fill(uint32_t place, uint32_t index) {
+  // Starts to copy the slice's next K blocks into a stage; past its end only the group is closed.
+  __device__ __forceinline__ void fill(uint32_t place) {
     const uint32_t piece = threadIdx.x % block_pieces;
 #pragma unroll
     for (uint32_t b = 0; b < Shape::blocks; ++b) {
       typename Shape::Block& block = storage_.stage[place][b];
-      const uint32_t k = (index * Shape::blocks + b) * LORAMUX_K_BLOCK + piece * piece_values;
-      const bool inside = k < p_.in_features;
+      const uint32_t k = (block_ + b) * LORAMUX_K_BLOCK + piece * piece_values;
+      const bool inside = block_ + b < block_end_ && k < p_.in_features;
 #pragma unroll
       for (uint32_t i = 0; i < Shape::rows / Shape::copied_rows; ++i) {
         const uint32_t row = threadIdx.x / block_pieces + i * Shape::copied_rows;
@@ -135,47 +191,51 @@ class Shrink {
       }
     }
     ptx::copy_async_commit();
+    block_ += Shape::blocks;
   }
 
-  __device__ __forceinline__ void reduce(uint32_t first, uint32_t end) {
-    write(first, end, [&](uint32_t row, uint32_t column, float factor) {
-      uint32_t pairs[4];
+  // Eight sums of a slice.
+  __device__ __forceinline__ Eight slice_sums(uint32_t row, uint32_t column) const {
+    Eight sums = read_eight(&storage_.sums[0][row][column]);
 #pragma unroll
-      for (uint32_t i = 0; i < 4; ++i) {
-        const float low = factor * sum(row, column + i * 2), high = factor * sum(row, column + i * 2 + 1);
-        pairs[i] = ptx::pack_bf16(low, high);
-      }
-      return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    });
-    // The next chunks fill the stages that the sums lie in.
-    __syncthreads();
+    for (uint32_t step = 1; step < block_steps; ++step) add(sums, read_eight(&storage_.sums[step][row][column]));
+    return sums;
   }
 
-  __device__ __forceinline__ float sum(uint32_t row, uint32_t column) const {
-    const auto& of = storage_.sums;
-    return ((of[0][row][column] + of[1][row][column]) + of[2][row][column]) + of[3][row][column];
-  }
-
-  // Writes V, eight ranks a thread at a time: `value(row, column, factor)` where the row uses the chunk, else zero,
-  // whatever the row holds.
-  template <class Value>
-  __device__ __forceinline__ void write(uint32_t first, uint32_t end, Value value) const {
+  // Visits the rows and the columns (eight ranks each) that are this thread's, the same in every call.
+  template <class Visit>
+  __device__ __forceinline__ void for_pieces(uint32_t first, uint32_t end, Visit visit) const {
     constexpr uint32_t pieces = LORAMUX_RANK_CHUNK / piece_values;
     for (uint32_t i = threadIdx.x; i < Shape::rows * Shape::chunks * pieces; i += Shape::threads) {
-      const uint32_t piece = i % pieces, row = i / pieces % Shape::rows, chunk = i / pieces / Shape::rows;
-      if (first + chunk >= end || first_row_ + row >= rows_) continue;
-      const float f = factor(row, first + chunk);
-      const size_t v_row = size_t(first + chunk) * LORAMUX_ROW_TILE + row_in_tile(row);
-      *reinterpret_cast<uint4*>(p_.v + v_row * LORAMUX_RANK_CHUNK + piece * piece_values) =
-          f == 0.0f ? make_uint4(0, 0, 0, 0)
-                    : value(row, chunk * LORAMUX_RANK_CHUNK + piece * piece_values, f);
+      const uint32_t row = i / pieces % Shape::rows, chunk = i / pieces / Shape::rows;
+      if (first + chunk < end && first_row_ + row < rows_)
+        visit(row, chunk * LORAMUX_RANK_CHUNK + i % pieces * piece_values);
     }
+  }
+
+  // Writes V: factor times `sums(row, column)` where the row uses the chunk, else zero, whatever the row holds.
+  template <class Sums>
+  __device__ __forceinline__ void write(uint32_t first, uint32_t end, Sums sums) const {
+    for_pieces(first, end, [&](uint32_t row, uint32_t column) {
+      const uint32_t chunk = first + column / LORAMUX_RANK_CHUNK;
+      const float f = factor(row, chunk);
+      Eight value = {};
+      if (f != 0.0f) {
+        value = sums(row, column);
+#pragma unroll
+        for (uint32_t i = 0; i < 8; ++i) value.at[i] *= f;
+      }
+      const size_t v_row = size_t(chunk) * LORAMUX_ROW_TILE + row_in_tile(row);
+      *reinterpret_cast<uint4*>(p_.v + v_row * LORAMUX_RANK_CHUNK + column % LORAMUX_RANK_CHUNK) = pack(value);
+    });
   }
 
   static constexpr uint32_t rank_passes = Shape::ranks / Shape::copied_rows;
   const ShrinkGateParams& p_;
   typename Shape::Storage& storage_;
   uint32_t rows_, first_row_;
+  // K block that is filled next, and the end of the slice.
+  uint32_t block_, block_end_;
   const bf16* ranks_[rank_passes];
 };
 
@@ -194,16 +254,16 @@ __device__ __forceinline__ void shrink_gate(const ShrinkGateParams& p) {
 }
 
 // Few rows: a chunk for each thread block, as many bytes on their way as fit.
-using Rows16 = ShrinkShape<1, 1, 1, 4, 6>;
+using Rows16 = ShrinkShape<1, 1, 1, 4, 6, true>;
 // Many rows: X is read once for four chunks.
-using Rows64 = ShrinkShape<2, 2, 4, 1, 4>;
+using Rows64 = ShrinkShape<2, 2, 4, 1, 4, false>;
 
-static_assert(Rows16::rows == LORAMUX_SHRINK_16_ROWS && Rows16::chunks == LORAMUX_SHRINK_16_CHUNKS);
-static_assert(Rows16::threads == LORAMUX_SHRINK_16_THREADS);
-static_assert(sizeof(Rows16::Storage) == LORAMUX_SHRINK_16_SHARED_BYTES);
-static_assert(Rows64::rows == LORAMUX_SHRINK_64_ROWS && Rows64::chunks == LORAMUX_SHRINK_64_CHUNKS);
-static_assert(Rows64::threads == LORAMUX_SHRINK_64_THREADS);
-static_assert(sizeof(Rows64::Storage) == LORAMUX_SHRINK_64_SHARED_BYTES);
+static_assert(Rows16::rows == LORAMUX_SHRINK_GATE_16_ROWS && Rows16::chunks == LORAMUX_SHRINK_GATE_16_CHUNKS);
+static_assert(Rows16::threads == LORAMUX_SHRINK_GATE_16_THREADS);
+static_assert(sizeof(Rows16::Storage) == LORAMUX_SHRINK_GATE_16_SHARED_BYTES);
+static_assert(Rows64::rows == LORAMUX_SHRINK_GATE_64_ROWS && Rows64::chunks == LORAMUX_SHRINK_GATE_64_CHUNKS);
+static_assert(Rows64::threads == LORAMUX_SHRINK_GATE_64_THREADS);
+static_assert(sizeof(Rows64::Storage) == LORAMUX_SHRINK_GATE_64_SHARED_BYTES);
 
 }  // namespace
 

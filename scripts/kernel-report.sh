@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints what every kernel of this build needs of an SM (registers of a thread, named barriers, bytes of static shared
-# memory, of stack and of spills) and writes it to `benches/results/kernels.json`. With `--check` it writes nothing,
+# Prints what every kernel of this build needs of an SM (registers of a thread, named barriers, bytes of shared memory,
+# of stack and of spills) and writes it to `benches/results/kernels.json`. With `--check` it writes nothing,
 # and fails with the difference where that file tells of other kernels.
 #
 # The numbers are ptxas', of the nvcc that `cargo build` finds.

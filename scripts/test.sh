@@ -90,6 +90,20 @@ lint_without_nvcc() {
     NVCC=none cargo clippy --locked --all-targets --target-dir "${CARGO_TARGET_DIR:-target}/without-nvcc" -- -D warnings
 }
 
+# The driver that stands in for a GPU, and the kernels in it, once more under the address and undefined behaviour
+# sanitizers, whose runtimes must come before everything else in the process.
+test_kernels_sanitized() {
+    local asan ubsan host
+    asan=$(c++ -print-file-name=libasan.so)
+    ubsan=$(c++ -print-file-name=libubsan.so)
+    host=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
+    # Only the tests run under the sanitizers, not cargo itself.
+    env LORAMUX_EMULATOR_SANITIZE=address,undefined \
+        "CARGO_TARGET_${host}_RUNNER=env LD_PRELOAD=$asan:$ubsan ASAN_OPTIONS=detect_leaks=0 \
+         UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1" \
+        cargo nextest run --locked --package loramux --test lora_kernels --test cuda_driver
+}
+
 build_documentation() {
     RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps
 }
@@ -105,6 +119,7 @@ stage "lints without the CUDA backend" cargo clippy --locked --all-targets --no-
 stage "lints without nvcc" lint_without_nvcc
 stage "documentation" build_documentation
 stage "tests" cargo nextest run --locked --workspace --exclude loramux-benches
+stage "kernels under sanitizers" test_kernels_sanitized
 stage "documentation tests" cargo test --locked --doc
 stage "benches compile" cargo check --locked --package loramux-benches --benches
 

@@ -88,6 +88,11 @@ CUresult lose_context(Fault fault) {
   return state().lost;
 }
 
+CUresult refuse(CUresult error, std::string report) {
+  state().report = std::move(report);
+  return error;
+}
+
 }  // namespace emulator
 
 using namespace emulator;

@@ -1,5 +1,7 @@
 // Modules, functions and launches.
+#include <algorithm>
 #include <cstring>
+#include <string>
 
 #include "driver/state.h"
 #include "driver/streams.h"
@@ -43,26 +45,45 @@ struct Attributes {
   bool cooperative = false;
 };
 
+std::string text(dim3 v) {
+  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+}
+
 CUresult check(const Kernel& kernel, const Launch& launch, const Attributes& attributes) {
   const dim3 grid = launch.grid;
   const dim3 block = launch.block;
   const dim3 cluster = attributes.cluster;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || block.x == 0 || block.y == 0 || block.z == 0) {
-    return CUDA_ERROR_INVALID_VALUE;
+  const auto no = [&](CUresult error, const std::string& why) {
+    return refuse(error, "launch of " + std::string(kernel.name) + " refused: " + why);
+  };
+  const auto is_empty = [](dim3 size) { return size.x == 0 || size.y == 0 || size.z == 0; };
+  if (is_empty(grid) || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
+    return no(CUDA_ERROR_INVALID_VALUE, "a grid of " + text(grid) + " blocks");
   }
-  if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || block.x > 1024 || block.y > 1024 || block.z > 64) {
-    return CUDA_ERROR_INVALID_VALUE;
+  if (is_empty(block) || block.x > 1024 || block.y > 1024 || block.z > 64 ||
+      block.x * block.y * block.z > most_threads) {
+    return no(CUDA_ERROR_INVALID_VALUE, "a block of " + text(block) + " threads");
   }
   const unsigned threads = block.x * block.y * block.z;
-  if (threads > most_threads || launch.shared_bytes > kernel.max_dynamic_shared) return CUDA_ERROR_INVALID_VALUE;
-  if (threads > kernel.max_threads) return CUDA_ERROR_INVALID_VALUE;
-  if (cluster.x == 0 || cluster.y == 0 || cluster.z == 0) return CUDA_ERROR_INVALID_VALUE;
-  if (size_t{cluster.x} * cluster.y * cluster.z > 8) return CUDA_ERROR_INVALID_CLUSTER_SIZE;
-  if (grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0) return CUDA_ERROR_INVALID_VALUE;
-  if (attributes.cooperative && size_t{grid.x} * grid.y * grid.z >
-                                    size_t{blocks_per_multiprocessor(kernel, threads, launch.shared_bytes)} *
-                                        state().multiprocessors) {
-    return CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
+  if (threads > kernel.max_threads) {
+    return no(CUDA_ERROR_INVALID_VALUE, std::to_string(threads) + " threads, more than its launch bound of " +
+                                            std::to_string(kernel.max_threads));
+  }
+  if (launch.shared_bytes > kernel.max_dynamic_shared) {
+    return no(CUDA_ERROR_INVALID_VALUE, std::to_string(launch.shared_bytes) + " bytes of shared memory, more than the " +
+                                            std::to_string(kernel.max_dynamic_shared) + " that its attribute permits");
+  }
+  if (is_empty(cluster) || grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0) {
+    return no(CUDA_ERROR_INVALID_VALUE, "clusters of " + text(cluster) + " do not divide a grid of " + text(grid));
+  }
+  if (size_t{cluster.x} * cluster.y * cluster.z > 8) {
+    return no(CUDA_ERROR_INVALID_CLUSTER_SIZE, "clusters of " + text(cluster) + " have more than 8 blocks");
+  }
+  const size_t resident =
+      size_t{blocks_per_multiprocessor(kernel, threads, launch.shared_bytes)} * state().multiprocessors;
+  if (attributes.cooperative && size_t{grid.x} * grid.y * grid.z > resident) {
+    return no(CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE,
+              "a grid of " + text(grid) + " blocks, of which " + std::to_string(resident) + " can run at a time");
   }
   return CUDA_SUCCESS;
 }

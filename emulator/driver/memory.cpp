@@ -1,4 +1,5 @@
 // Device memory, pinned host memory, copies and fills.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <set>

@@ -28,7 +28,7 @@ struct State {
   unsigned references = 0;
   // The error that every call returns since a kernel failed.
   CUresult lost = CUDA_SUCCESS;
-  // The report of the last fault.
+  // The report of the last fault or of the last launch that was refused.
   std::string report;
   uint64_t seed = 0;
   unsigned multiprocessors = 4;
@@ -42,6 +42,9 @@ CUcontext current_context();
 
 // Reports what ended a kernel; the context is lost. Returns the error.
 CUresult lose_context(Fault fault);
+
+// Reports why a call is refused. Returns the error.
+CUresult refuse(CUresult error, std::string report);
 
 // The body of a driver function that needs the driver to be initialised.
 template <class Function>

@@ -1,5 +1,5 @@
-// CUDA's names for a host compiler, included before every kernel's own text. What is missing here is not emulated: using
-// it fails to compile.
+// CUDA's names for a host compiler, included before every kernel's own text. What is missing here is not emulated:
+// using it fails to compile.
 #pragma once
 #include <assert.h>
 #include <math.h>

@@ -105,7 +105,8 @@ inline void combine_ballot(void* const* operands, uint32_t lanes) {
   for_each_lane(lanes, [&](unsigned lane) { operand_of<Ballot>(operands, lane).result = holds; });
 }
 
-inline uint32_t ballot(const Collective& collective, uint32_t lanes, bool predicate, const std::source_location& where) {
+inline uint32_t ballot(const Collective& collective, uint32_t lanes, bool predicate,
+                       const std::source_location& where) {
   Exchange<bool, uint32_t> exchange{predicate, 0};
   meet(collective, lanes, &exchange, where);
   return exchange.result;

@@ -156,6 +156,10 @@ void prepare_threads(const Launch& launch) {
   }
 }
 
+std::string describe_block() {
+  return "kernel " + std::string(block.launch->kernel->name) + ", block " + coordinates(blockIdx);
+}
+
 void run_block(uint3 index) {
   blockIdx = index;
   block.live = block.thread_count;
@@ -180,7 +184,7 @@ void run_block(uint3 index) {
   dispatch(block.host);
   running = nullptr;
   if (block.fault.code != FaultCode::none) return;
-  const std::string where = "kernel " + std::string(block.launch->kernel->name) + ", block " + coordinates(index) + ": ";
+  const std::string where = describe_block() + ": ";
   if (block.live != 0) {
     block.fault = {FaultCode::launch_failed, where + "deadlock:" + describe_waits()};
   } else if (const std::string damage = shared_memory.check_red_zone(); !damage.empty()) {
@@ -195,10 +199,11 @@ void meet(const Collective& collective, uint32_t lanes, void* operand, const std
   Warp& warp = *thread.warp;
   const uint32_t own = 1u << thread.lane;
   if ((lanes & own) == 0 || (lanes & ~warp.live) != 0) [[unlikely]] {
-    const std::string call = std::string(collective.name) + " (" + describe_place(where) + ") for the lanes " + hexadecimal(lanes);
-    raise_fault(FaultCode::launch_failed,
-                (lanes & own) == 0 ? "calls " + call + ", which its own lane " + std::to_string(thread.lane) + " is not among"
-                                   : "calls " + call + ", of which " + hexadecimal(lanes & ~warp.live) + " have exited");
+    const std::string why = (lanes & own) == 0
+                                ? ", which its own lane " + std::to_string(thread.lane) + " is not among"
+                                : ", of which " + hexadecimal(lanes & ~warp.live) + " have exited";
+    raise_fault(FaultCode::launch_failed, "calls " + std::string(collective.name) + " (" + describe_place(where) +
+                                              ") for the lanes " + hexadecimal(lanes) + why);
   }
   warp.operands[thread.lane] = operand;
   if (warp.meeting == 0) {
@@ -277,8 +282,7 @@ std::string describe_place(const std::source_location& where) {
 }
 
 std::string describe_running() {
-  return "kernel " + std::string(block.launch->kernel->name) + ", block " + coordinates(blockIdx) + ", thread " +
-         coordinates(running->index);
+  return describe_block() + ", thread " + coordinates(running->index);
 }
 
 void abandon_launch(Fault fault) {

@@ -1,8 +1,8 @@
 #include "runtime/device_memory.h"
 
-#include <cstring>
 #include <iterator>
 #include <sys/mman.h>
+#include <utility>
 
 namespace emulator {
 
@@ -24,34 +24,39 @@ void* DeviceMemory::allocate(size_t bytes) {
   if (low_ == nullptr) reserve();
   constexpr size_t alignment = 256;
   const size_t pages = round_up(round_up(bytes, alignment), page_bytes());
-  if (used_ > total_ || bytes > total_ - used_ || pages + page_bytes() > static_cast<size_t>(high_ - next_)) return nullptr;
+  if (used_ > total_ || bytes > total_ - used_) return nullptr;
+  if (pages + page_bytes() > static_cast<size_t>(high_ - next_)) return nullptr;
   unsigned char* guard = next_ + pages;
   const GuardedRange range = open_before(next_, guard, bytes, alignment);
   if (range.start == nullptr) return nullptr;
   next_ = guard + page_bytes();
   used_ += bytes;
-  allocations_[reinterpret_cast<uintptr_t>(range.start)] = {range, ++count_};
+  live_[reinterpret_cast<uintptr_t>(range.start)] = {range, ++count_};
   return range.start;
 }
 
 bool DeviceMemory::free(void* start) {
-  const auto entry = allocations_.find(reinterpret_cast<uintptr_t>(start));
-  if (entry == allocations_.end() || entry->second.freed) return false;
-  close(entry->second.range);
-  entry->second.freed = true;
-  used_ -= entry->second.range.bytes;
+  auto entry = live_.extract(reinterpret_cast<uintptr_t>(start));
+  if (entry.empty()) return false;
+  close(entry.mapped().range);
+  used_ -= entry.mapped().range.bytes;
+  freed_.insert(std::move(entry));
   return true;
 }
 
 void DeviceMemory::free_all() {
-  for (auto& [start, allocation] : allocations_) free(allocation.range.start);
+  while (!live_.empty()) free(live_.begin()->second.range.start);
+}
+
+// The last allocation of `allocations` that starts at `address` or before; null if there is none.
+static const Allocation* last_before(const std::map<uintptr_t, Allocation>& allocations, const void* address) {
+  const auto after = allocations.upper_bound(reinterpret_cast<uintptr_t>(address));
+  return after == allocations.begin() ? nullptr : &std::prev(after)->second;
 }
 
 const Allocation* DeviceMemory::find(const void* address) const {
-  auto entry = allocations_.upper_bound(reinterpret_cast<uintptr_t>(address));
-  if (entry == allocations_.begin()) return nullptr;
-  const Allocation& allocation = std::prev(entry)->second;
-  return !allocation.freed && allocation.range.contains(address, 1) ? &allocation : nullptr;
+  const Allocation* allocation = last_before(live_, address);
+  return allocation != nullptr && allocation->range.contains(address, 1) ? allocation : nullptr;
 }
 
 bool DeviceMemory::holds(const void* address, size_t bytes) const {
@@ -64,30 +69,32 @@ bool DeviceMemory::reserved(const void* address) const { return address >= low_ 
 std::string DeviceMemory::describe(const void* address) const {
   if (!reserved(address)) return "which is no address of this device";
   const auto at = reinterpret_cast<uintptr_t>(address);
-  const auto after = allocations_.upper_bound(at);
-  const Allocation* before = after == allocations_.begin() ? nullptr : &std::prev(after)->second;
-  const auto named = [](const Allocation& allocation) {
-    return "allocation " + std::to_string(allocation.number) + (allocation.freed ? ", freed, of " : " of ") +
-           std::to_string(allocation.range.bytes) + " bytes";
+  std::string nearest = "where nothing was ever allocated";
+  uintptr_t distance = UINTPTR_MAX;
+  const auto consider = [&](const Allocation& allocation, const char* state) {
+    const auto start = reinterpret_cast<uintptr_t>(allocation.range.start);
+    const auto end = start + allocation.range.bytes;
+    const uintptr_t away = at < start ? start - at : at < end ? 0 : at - end + 1;
+    if (away >= distance) return;
+    distance = away;
+    const std::string place = at < start ? std::to_string(start - at) + " bytes before the start of"
+                              : at < end ? "offset " + std::to_string(at - start) + " of"
+                                         : std::to_string(at - end) + " bytes past the end of";
+    nearest = place + " allocation " + std::to_string(allocation.number) + state + " of " +
+              std::to_string(allocation.range.bytes) + " bytes";
   };
-  if (before != nullptr && before->range.contains(address, 1)) {
-    return "offset " + std::to_string(at - reinterpret_cast<uintptr_t>(before->range.start)) + " of " + named(*before);
+  for (const auto& [allocations, state] : {std::pair{&live_, ""}, std::pair{&freed_, ", freed,"}}) {
+    if (const Allocation* before = last_before(*allocations, address)) consider(*before, state);
+    const auto after = allocations->upper_bound(at);
+    if (after != allocations->end()) consider(after->second, state);
   }
-  const uintptr_t distance_before = before ? at - reinterpret_cast<uintptr_t>(before->range.end()) : UINTPTR_MAX;
-  const uintptr_t distance_after = after != allocations_.end() ? after->first - at : UINTPTR_MAX;
-  if (distance_before == UINTPTR_MAX && distance_after == UINTPTR_MAX) return "where nothing was ever allocated";
-  if (distance_before <= distance_after) {
-    return std::to_string(distance_before) + " bytes past the end of " + named(*before);
-  }
-  return std::to_string(distance_after) + " bytes before the start of " + named(after->second);
+  return nearest;
 }
 
 std::string DeviceMemory::check_red_zones() {
   std::string report;
-  for (auto& [start, allocation] : allocations_) {
-    if (allocation.freed) continue;
-    const GuardedRange& range = allocation.range;
-    while (const unsigned char* damaged = damaged_byte(range)) {
+  for (const auto& [start, allocation] : live_) {
+    while (const unsigned char* damaged = damaged_byte(allocation.range)) {
       if (report.empty()) report = "a thread wrote " + describe(damaged);
       *const_cast<unsigned char*>(damaged) = 0xff;
     }

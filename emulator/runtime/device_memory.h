@@ -1,5 +1,5 @@
-// Global memory: allocations of one device, each between guard pages. A freed range is never used again, so every access
-// to it faults.
+// Global memory: allocations of one device, each between guard pages. A freed range is never used again, so every
+// access to it faults.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,7 +14,6 @@ struct Allocation {
   GuardedRange range;
   // Counts from 1, in order of allocation.
   size_t number;
-  bool freed = false;
 };
 
 class DeviceMemory {
@@ -27,7 +26,7 @@ class DeviceMemory {
 
   void free_all();
 
-  // The allocation that `address` lies in, or null if there is none or it was freed.
+  // The allocation that `address` lies in; null if there is none, or no more.
   const Allocation* find(const void* address) const;
 
   // Whether `bytes` bytes from `address` on lie within one allocation.
@@ -50,7 +49,10 @@ class DeviceMemory {
   void reserve();
 
   // By start address.
-  std::map<uintptr_t, Allocation> allocations_;
+  using Allocations = std::map<uintptr_t, Allocation>;
+  Allocations live_;
+  // For reports only.
+  Allocations freed_;
   // The inaccessible address range that allocations open pages of, and how far it is used.
   unsigned char* low_ = nullptr;
   unsigned char* high_ = nullptr;

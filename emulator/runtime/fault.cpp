@@ -149,8 +149,8 @@ SignalStack::~SignalStack() {
 }  // namespace emulator
 
 // What `assert` calls. Inside a kernel it ends the launch, as on a device.
-extern "C" __attribute__((noreturn, visibility("hidden"))) void __assert_fail(const char* assertion, const char* file,
-                                                                             unsigned line, const char* function) noexcept {
+extern "C" [[noreturn, gnu::visibility("hidden")]] void __assert_fail(const char* assertion, const char* file,
+                                                                     unsigned line, const char* function) noexcept {
   if (emulator::running == nullptr) {
     fprintf(stderr, "%s:%u: %s: assertion `%s` failed\n", file, line, function, assertion);
     abort();

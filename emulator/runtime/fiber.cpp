@@ -102,8 +102,8 @@ void Fiber::forget_frames() {
 #endif
 }
 
-// Tells AddressSanitizer which stack is in use now, and learns the bounds of the one that was left: the only way to know
-// those of the host thread.
+// Tells AddressSanitizer which stack is in use now, and learns the bounds of the one that was left: the only way to
+// know those of the host thread.
 void arrive([[maybe_unused]] void* fake_stack) {
 #if defined(EMULATOR_ADDRESS_SANITIZER)
   const void* bottom;

@@ -1,8 +1,8 @@
 //! The CUDA execution model on a CPU, as a stand-in for the CUDA driver: `cargo test` runs loramux's kernels and its
 //! whole CUDA backend on a machine without a GPU, without a driver and without CUDA headers.
 //!
-//! The build script compiles `kernels/*.cu` with the host's C++ compiler and links them with a runtime and about a
-//! hundred driver functions into a shared object whose soname is `libcuda.so`. [`install`] loads it; whoever then looks for a
+//! The build script compiles `kernels/*.cu` with the host's C++ compiler and links them with a runtime and some ninety
+//! driver functions into a shared object whose soname is `libcuda.so`. [`install`] loads it; whoever then looks for a
 //! driver, as `cudarc` does, finds this one:
 //!
 //! ```no_run
@@ -32,7 +32,7 @@
 //! | variable | when | |
 //! |---|---|---|
 //! | `CXX` | build | the C++20 compiler, `c++` if unset |
-//! | `LORAMUX_EMULATOR_SANITIZE` | build | `address` or `address,undefined`: also look for errors in host memory, stacks and arithmetic |
+//! | `LORAMUX_EMULATOR_SANITIZE` | build | for `-fsanitize`, such as `address,undefined`: stacks, arithmetic, alignment |
 //! | `LORAMUX_EMULATOR_SEED` | run | the seed before the first [`set_seed`] |
 //!
 //! With sanitizers, their runtime has to come first in each test's process (and in no process of Cargo's own):
@@ -45,6 +45,16 @@
 //! ```
 //!
 //! Leaks are not looked for: the threads of a kernel that was ended leave what they had behind.
+//!
+//! # Without Rust
+//!
+//! The sources also make an ordinary C++ program, for work on a single kernel:
+//!
+//! ```sh
+//! c++ -std=c++20 -O2 -ffp-contract=off -fno-strict-aliasing -Wno-unknown-pragmas \
+//!     -Iemulator -Iemulator/include -Ikernels -include emulator/include/cuda_names.h \
+//!     emulator/runtime/*.cpp emulator/driver/*.cpp main.cpp -x c++ kernels/some_kernel.cu
+//! ```
 
 use std::env;
 use std::path::Path;
@@ -64,8 +74,8 @@ pub fn install() {
     driver();
 }
 
-/// The order in which threads, warps and blocks of all later launches go on: 0 for their natural order, any other number
-/// for one drawn from it. The same seed gives the same order.
+/// The order in which threads, warps and blocks of all later launches go on: 0 for their natural order, any other
+/// number for one drawn from it. The same seed gives the same order.
 pub fn set_seed(seed: u64) {
     // SAFETY: the stand-in defines this function with this signature, as all those below.
     unsafe { (driver().set_seed)(seed) }
@@ -83,7 +93,8 @@ pub fn set_memory(bytes: u64) {
     unsafe { (driver().set_memory)(bytes) }
 }
 
-/// What ended the last kernel that failed: which one, where, and why. `None` if none has failed.
+/// What ended the last kernel that failed, or why the last launch was refused: which one, where, and why. `None` if
+/// there was no such kernel.
 pub fn last_report() -> Option<String> {
     let mut text = vec![0; 16 << 10];
     // SAFETY: as in `set_seed`; `text` has as many bytes as it is said to have.

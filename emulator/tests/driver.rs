@@ -5,7 +5,7 @@ mod common;
 use std::ffi::c_void;
 use std::ptr::null_mut;
 
-use common::{Buffer, Device, ok};
+use common::{Buffer, Device, assert_names, ok};
 use cudarc::driver::sys::{self, CUresult};
 
 const INVALID_VALUE: CUresult = CUresult::CUDA_ERROR_INVALID_VALUE;
@@ -45,6 +45,8 @@ fn a_launch_keeps_to_the_launch_bounds() {
     let (x, y) = (device.upload(&[1.0f32; 512]), device.upload(&[0.0f32; 512]));
     ok(device.launch("test_axpy", 2, 256, 0, axpy(y, x, 1.0)));
     assert_eq!(device.launch("test_axpy", 2, 257, 0, axpy(y, x, 1.0)), INVALID_VALUE);
+    let report = loramux_emulator::last_report().unwrap();
+    assert_names(&report, &["launch of test_axpy refused: 257 threads, more than its launch bound of 256"]);
     assert_eq!(device.launch("test_axpy", 0, 256, 0, axpy(y, x, 1.0)), INVALID_VALUE);
     assert_eq!(device.launch("test_axpy", 2, 0, 0, axpy(y, x, 1.0)), INVALID_VALUE);
     assert_eq!(device.download::<f32>(y), [1.0; 512], "a launch that is refused does nothing");

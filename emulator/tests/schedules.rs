@@ -1,5 +1,5 @@
-//! Mistakes of synchronisation: each shows as a wrong result under some of eight schedules, and the right kernel is right
-//! under all of them.
+//! Mistakes of synchronisation: each shows as a wrong result under some of eight schedules, and the right kernel is
+//! right under all of them.
 
 mod common;
 

@@ -57,11 +57,10 @@ pub enum SiteChange {
     Replace(Tensor),
 }
 
-/// A linear layer: frozen weight `[out, in]`, optional bias `[out]`, and the experts that change it.
-pub struct LinearSite<B: Backend> {
+/// A frozen linear layer: weight `[out, in]` and optional bias `[out]`.
+pub struct FrozenLinear<B: Backend> {
     pub weight: B::Weight,
     pub bias: Option<B::Vector>,
-    pub experts: B::Experts,
 }
 
 /// What [`Backend::linear`] does with its output buffer.
@@ -106,14 +105,16 @@ pub struct HeadNorms<'a, B: Backend> {
 
 /// The operations. Activations are `[rows, width]` in buffers made once for the largest step.
 pub trait Backend: Sized + Send + 'static {
-    /// A frozen matrix as stored.
-    type Weight: Send + Sync;
+    /// A frozen matrix as stored. Clones share it.
+    type Weight: Clone + Send + Sync;
     /// A vector of f32: a bias or a norm's weight.
     type Vector: Send + Sync;
     /// Activations `[capacity, width]`.
     type Buffer: Send;
-    /// The resident experts of one site, by slot.
-    type Experts: Send + Sync;
+    /// Linear layers that read the same rows and run as one product, with the resident experts of each, by slot.
+    type Group: Send + Sync;
+    /// A lookup table `[vocabulary, width]` with its resident experts.
+    type Table: Send + Sync;
     /// Rotary tables where the backend reads them.
     type Rotary: Send + Sync;
     /// Keys and values of all blocks, in pages of [`PAGE`] tokens.
@@ -130,16 +131,28 @@ pub trait Backend: Sized + Send + 'static {
     fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer, BackendError>;
     /// Fills the first elements of a buffer.
     fn write(&self, buffer: &mut Self::Buffer, values: &[f32]);
-    /// An empty expert table for a site of this width.
-    fn experts(&self, in_features: usize, out_features: usize) -> Self::Experts;
-    /// Makes `change` the content of `slot`.
+    /// A group of frozen layers, without experts.
+    fn group(&self, sites: Vec<FrozenLinear<Self>>) -> Result<Self::Group, BackendError>;
+    /// A frozen table, without experts.
+    fn table(&self, weight: Self::Weight) -> Result<Self::Table, BackendError>;
+    /// Makes `change` the content of `slot` at one site of the group.
     fn load_expert(
         &self,
-        experts: &mut Self::Experts,
+        group: &mut Self::Group,
+        site: usize,
         slot: usize,
         change: &SiteChange,
     ) -> Result<(), BackendError>;
-    fn unload_expert(&self, experts: &mut Self::Experts, slot: usize);
+    /// Makes `change` the content of `slot`; its A is `[rank, vocabulary]`.
+    fn load_table_expert(
+        &self,
+        table: &mut Self::Table,
+        slot: usize,
+        change: &SiteChange,
+    ) -> Result<(), BackendError>;
+    /// Empties `slot` at every site of the group.
+    fn unload_expert(&self, group: &mut Self::Group, slot: usize);
+    fn unload_table_expert(&self, table: &mut Self::Table, slot: usize);
     fn rotary(&self, tables: RotaryTables) -> Result<Self::Rotary, BackendError>;
     fn kv_cache(
         &self,
@@ -149,7 +162,7 @@ pub trait Backend: Sized + Send + 'static {
     ) -> Result<Self::KvCache, BackendError>;
 
     /// `y[row] = table[token[row]]` plus the low-rank part of the row's experts.
-    fn embed(&mut self, table: &LinearSite<Self>, rows: &Rows, y: &mut Self::Buffer);
+    fn embed(&mut self, table: &Self::Table, rows: &Rows, y: &mut Self::Buffer);
 
     /// `y = x / √(mean(x²) + ε) ⊙ weight` for the first `rows` rows (Zhang & Sennrich 2019).
     fn rms_norm(
@@ -164,7 +177,7 @@ pub trait Backend: Sized + Send + 'static {
     /// All sites of a group on one input: `y = [W₀ x | W₁ x | …]` with bias and experts, rows by `gates`.
     fn linear(
         &mut self,
-        sites: &[LinearSite<Self>],
+        group: &Self::Group,
         x: &Self::Buffer,
         gates: &Gates,
         write: Write,

@@ -4,11 +4,9 @@
 //! `h += Down(swiglu(GateUp(norm(h))))`. What differs between families is in the configuration and in the table of
 //! sites. One call computes one step: the rows of many sequences, prompts and single tokens alike.
 
-use std::ops::Range;
-
 use super::{ModelConfig, ModelError, ModelSites};
 use crate::adapter::Adapter;
-use crate::backend::{AttentionShape, Backend, BackendError, Gates, HeadNorms, LinearSite, Rows, Write};
+use crate::backend::{AttentionShape, Backend, BackendError, FrozenLinear, Gates, HeadNorms, Rows, Write};
 use crate::tensor::Tensor;
 
 /// Where the frozen tensors come from.
@@ -26,23 +24,32 @@ pub trait Weights {
 pub struct Transformer<B: Backend> {
     config: ModelConfig,
     shape: AttentionShape,
+    embed_tokens: B::Table,
+    groups: Vec<B::Group>,
     /// By site id.
-    sites: Vec<LinearSite<B>>,
-    embed_tokens: usize,
+    places: Vec<Place>,
     blocks: Vec<Block<B>>,
     final_norm: B::Vector,
     lm_head: usize,
     rotary: B::Rotary,
 }
 
-/// One decoder block. Sites of a group are neighbours in the table.
+/// Where a site is.
+#[derive(Clone, Copy)]
+enum Place {
+    EmbedTokens,
+    /// Number of the group, and of the site in it.
+    Group(usize, usize),
+}
+
+/// One decoder block, with the numbers of its groups.
 struct Block<B: Backend> {
     attention_norm: B::Vector,
-    attention_in: Range<usize>,
+    attention_in: usize,
     head_norms: Option<(B::Vector, B::Vector)>,
     attention_out: usize,
     mlp_norm: B::Vector,
-    mlp_in: Range<usize>,
+    mlp_in: usize,
     mlp_out: usize,
     window: Option<usize>,
 }
@@ -82,45 +89,53 @@ impl<B: Backend> Transformer<B> {
         let table = weights.sites();
         let vector = |tensor: Tensor| backend.vector(tensor.to_f32());
         let norm = |name: &str, width| Ok::<_, ModelError>(vector(weights.norm(name, width)?)?);
-        let sites = (table.table.iter())
-            .map(|(id, site)| {
-                Ok(LinearSite {
-                    weight: backend.weight(&weights.site_weight(id)?)?,
-                    bias: weights.site_bias(id)?.map(vector).transpose()?,
-                    experts: backend.experts(site.in_features, site.out_features),
-                })
-            })
-            .collect::<Result<_, ModelError>>()?;
+        let embedding = backend.weight(&weights.site_weight(table.embed_tokens)?)?;
+        let mut groups = Vec::new();
+        let mut places = vec![Place::EmbedTokens; table.table.iter().count()];
+        let mut group = |sites: &[usize]| {
+            let frozen = sites.iter().enumerate().map(|(index, &id)| {
+                places[id] = Place::Group(groups.len(), index);
+                let shared = id == table.lm_head && config.tie_word_embeddings;
+                let weight =
+                    if shared { embedding.clone() } else { backend.weight(&weights.site_weight(id)?)? };
+                Ok(FrozenLinear { weight, bias: weights.site_bias(id)?.map(vector).transpose()? })
+            });
+            let frozen = frozen.collect::<Result<_, ModelError>>()?;
+            groups.push(backend.group(frozen)?);
+            Ok::<_, ModelError>(groups.len() - 1)
+        };
         let blocks = (table.blocks.iter().zip(&table.norms).enumerate())
             .map(|(index, (block, norms))| {
                 let head_norms = norms.query_key.as_ref();
                 Ok(Block {
                     attention_norm: norm(&norms.attention, config.hidden_size)?,
-                    attention_in: group(&block.attention_in),
+                    attention_in: group(&block.attention_in)?,
                     head_norms: head_norms
                         .map(|(q, k)| {
                             Ok::<_, ModelError>((norm(q, config.head_dim)?, norm(k, config.head_dim)?))
                         })
                         .transpose()?,
-                    attention_out: block.attention_out,
+                    attention_out: group(&[block.attention_out])?,
                     mlp_norm: norm(&norms.mlp, config.hidden_size)?,
-                    mlp_in: group(&block.mlp_in),
-                    mlp_out: block.mlp_out,
+                    mlp_in: group(&block.mlp_in)?,
+                    mlp_out: group(&[block.mlp_out])?,
                     window: config.windows[index],
                 })
             })
             .collect::<Result<_, ModelError>>()?;
+        let lm_head = group(&[table.lm_head])?;
         Ok(Self {
             shape: AttentionShape {
                 heads: config.num_heads,
                 kv_heads: config.num_kv_heads,
                 head_dim: config.head_dim,
             },
-            sites,
-            embed_tokens: table.embed_tokens,
+            embed_tokens: backend.table(embedding)?,
+            groups,
+            places,
             blocks,
             final_norm: norm(&table.final_norm, config.hidden_size)?,
-            lm_head: table.lm_head,
+            lm_head,
             rotary: backend.rotary(config.rope.tables(config.rotary_dim(), positions))?,
             config: config.clone(),
         })
@@ -177,7 +192,13 @@ impl<B: Backend> Transformer<B> {
     ) -> Result<(), ModelError> {
         let changes = adapter.changes(|site| weights.site_weight(site), |site| weights.site_bias(site))?;
         for (site, change) in changes {
-            if let Err(error) = backend.load_expert(&mut self.sites[site].experts, slot, &change) {
+            let loaded = match self.places[site] {
+                Place::EmbedTokens => backend.load_table_expert(&mut self.embed_tokens, slot, &change),
+                Place::Group(group, index) => {
+                    backend.load_expert(&mut self.groups[group], index, slot, &change)
+                }
+            };
+            if let Err(error) = loaded {
                 self.unload_adapter(backend, slot);
                 return Err(error.into());
             }
@@ -187,8 +208,9 @@ impl<B: Backend> Transformer<B> {
 
     /// Empties an expert slot.
     pub fn unload_adapter(&mut self, backend: &B, slot: usize) {
-        for site in &mut self.sites {
-            backend.unload_expert(&mut site.experts, slot);
+        backend.unload_table_expert(&mut self.embed_tokens, slot);
+        for group in &mut self.groups {
+            backend.unload_expert(group, slot);
         }
     }
 
@@ -202,18 +224,18 @@ impl<B: Backend> Transformer<B> {
     ) {
         let Activations { hidden, normed, qkv, context, gate_up, gated, .. } = activations;
         let (count, epsilon) = (rows.len(), self.config.rms_norm_eps);
-        backend.embed(&self.sites[self.embed_tokens], rows, hidden);
+        backend.embed(&self.embed_tokens, rows, hidden);
         for (index, block) in self.blocks.iter().enumerate() {
             backend.rms_norm(hidden, count, &block.attention_norm, epsilon, normed);
-            backend.linear(&self.sites[block.attention_in.clone()], normed, &rows.gates, Write::Replace, qkv);
+            backend.linear(&self.groups[block.attention_in], normed, &rows.gates, Write::Replace, qkv);
             let norms = block.head_norms.as_ref().map(|(q, k)| HeadNorms { q, k, epsilon });
             backend.rope_store(qkv, self.shape, norms, &self.rotary, rows, cache, index);
             backend.attention(qkv, block.window, rows, cache, index, context);
-            backend.linear(self.site(block.attention_out), context, &rows.gates, Write::Add, hidden);
+            backend.linear(&self.groups[block.attention_out], context, &rows.gates, Write::Add, hidden);
             backend.rms_norm(hidden, count, &block.mlp_norm, epsilon, normed);
-            backend.linear(&self.sites[block.mlp_in.clone()], normed, &rows.gates, Write::Replace, gate_up);
+            backend.linear(&self.groups[block.mlp_in], normed, &rows.gates, Write::Replace, gate_up);
             backend.swiglu(gate_up, count, gated);
-            backend.linear(self.site(block.mlp_out), gated, &rows.gates, Write::Add, hidden);
+            backend.linear(&self.groups[block.mlp_out], gated, &rows.gates, Write::Add, hidden);
         }
     }
 
@@ -232,17 +254,7 @@ impl<B: Backend> Transformer<B> {
         backend.pick_rows(hidden, picked, chosen);
         rows.gates.pick(picked, picked_gates);
         backend.rms_norm(chosen, picked.len(), &self.final_norm, self.config.rms_norm_eps, normed);
-        backend.linear(self.site(self.lm_head), normed, picked_gates, Write::Replace, logits);
+        backend.linear(&self.groups[self.lm_head], normed, picked_gates, Write::Replace, logits);
         backend.read(logits, picked.len())
     }
-
-    fn site(&self, id: usize) -> &[LinearSite<B>] {
-        std::slice::from_ref(&self.sites[id])
-    }
-}
-
-/// The range of a group's site ids, which are consecutive.
-fn group(sites: &[usize]) -> Range<usize> {
-    debug_assert!(sites.windows(2).all(|pair| pair[1] == pair[0] + 1), "a group's sites are neighbours");
-    sites.first().map_or(0..0, |&first| first..first + sites.len())
 }

@@ -26,7 +26,7 @@ fn any_mix(random: &mut Random, rows: usize) -> Vec<Vec<(u32, f32)>> {
 #[test]
 fn one_graph_serves_every_mix_of_adapters() {
     let random = &mut Random(31);
-    for (bound, input, width) in [(16, 1024, 72), (64, 128, 40), (200, 136, 72)] {
+    for (bound, input, width) in [(16, 2048, 72), (64, 128, 40), (200, 136, 72)] {
         let group = Group::new(random, input, &[width], true, &same_ranks(&[16, 4, 33, 8, 64], 1));
         let on_device = OnDevice::new(&group, in_order(EXPERTS), bound);
         let OnDevice { stream, kernels, group: sites, .. } = &on_device;

@@ -46,6 +46,9 @@ pub struct Pair {
     pub a: Vec<bf16>,
     /// `[out_features, rank]`
     pub b: Vec<bf16>,
+    /// `[out_features]` each.
+    pub column_scale: Option<Vec<f32>>,
+    pub bias: Option<Vec<f32>>,
 }
 
 /// An adapter over the sites of the group; none where a site is no target.
@@ -95,6 +98,8 @@ impl Group {
                         rank,
                         a: random.values(rank * in_features, size),
                         b: random.values(width * rank, 0.5),
+                        column_scale: None,
+                        bias: None,
                     })
                 })
                 .collect(),
@@ -190,8 +195,16 @@ impl OnDevice {
             let mut arena =
                 ChunkArena::new(&stream, features, chunks, slot_count, max_rank).expect("an arena");
             for (&slot, (expert, pair)) in slots.iter().zip(group.experts.iter().zip(pairs())) {
-                let Some(Pair { rank, a, b }) = pair else { continue };
-                let pair = LowRank { rank: *rank, a, b, scale: expert.scale, order: expert.order };
+                let Some(Pair { rank, a, b, column_scale, bias }) = pair else { continue };
+                let pair = LowRank {
+                    rank: *rank,
+                    a,
+                    b,
+                    scale: expert.scale,
+                    column_scale: column_scale.as_deref(),
+                    bias: bias.as_deref(),
+                    order: expert.order,
+                };
                 arena.load(&stream, slot as usize, &pair).expect("an expert");
             }
             let weight = DeviceBuffer::new(&device, width * group.in_features, "a weight").expect("memory");

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use loramux::backend::cuda::lora::ShrinkKernel;
+use loramux::backend::cuda::lora::{ShrinkKernel, shrink_slices};
 
 use crate::cuda_device::under_thread_orders;
 use crate::harness::{Batch, Group, Lists, OnDevice, Output, Random};
@@ -123,18 +123,23 @@ fn check(random: &mut Random, group: &Group, gates: Vec<Vec<(u32, f32)>>) {
 #[test]
 fn a_chunk_list_for_every_tile_slice_and_site() {
     let random = &mut Random(21);
-    let ranks: Vec<Vec<usize>> = (0..40).map(|_| (0..3).map(|_| random.below(70)).collect()).collect();
+    let ranks: Vec<Vec<usize>> = (0..36).map(|_| (0..3).map(|_| random.below(40)).collect()).collect();
     // Two K slices; more experts in a tile than a warp has lanes.
     let group = Group::new(random, 1024, &[40, 16, 8], false, &ranks);
-    let gates = (0..150).map(|_| vec![(random.below(40) as u32, random.number())]).collect();
+    let gates = (0..150).map(|_| vec![(random.below(36) as u32, random.number())]).collect();
     check(random, &group, gates);
 }
 
 #[test]
 fn v_is_zero_where_a_row_does_not_use_an_expert() {
     let random = &mut Random(22);
-    let group = Group::new(random, 200, &[16, 24], false, &[vec![16, 5], vec![33, 0], vec![0, 8]]);
-    let mut gates = runs(&[(Some(0), 70), (None, 20), (Some(1), 50), (Some(2), 9)]);
-    gates[3] = vec![(0, 0.5), (2, -0.25), (1, 2.0)];
-    check(random, &group, gates);
+    // One K slice, two, and the most there are.
+    for (input, slices) in [(200, 1), (2056, 2), (8200, 8)] {
+        assert_eq!(shrink_slices(input), slices);
+        let group = Group::new(random, input, &[16, 24], false, &[vec![16, 5], vec![33, 0], vec![0, 8]]);
+        let mut gates = runs(&[(Some(0), 70), (None, 20), (Some(1), 50), (Some(2), 9)]);
+        gates[3] = vec![(0, 0.5), (2, -0.25), (1, 2.0)];
+        gates.drain(5..if slices > 2 { 135 } else { 5 });
+        check(random, &group, gates);
+    }
 }

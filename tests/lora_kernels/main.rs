@@ -9,10 +9,11 @@ mod graph;
 mod harness;
 mod lists;
 mod reference;
+mod refusals;
 
 use cuda_device::under_thread_orders;
 use half::bf16;
-use harness::{Batch, Group, OnDevice, Output, Random};
+use harness::{Batch, Group, OnDevice, Output, Pair, Random};
 use loramux::backend::cuda::lora::ProductKernel;
 use reference::assert_close;
 
@@ -140,6 +141,35 @@ fn residual_and_swiglu_epilogues() {
     }
 }
 
+/// DoRA's column scale, and biases: alone with gate 1, in mixtures, beside adapters that have none; also at rank 0.
+#[test]
+fn experts_that_change_columns() {
+    let random = &mut Random(12);
+    for (input, widths, output) in [
+        (128, vec![72, 24], Output::Store),
+        (136, vec![40, 40], Output::SwiGlu),
+        (1024, vec![72], Output::AddResidual),
+    ] {
+        let ranks: Vec<_> = [16, 20, 3, 8].iter().map(|&rank| vec![rank; widths.len()]).collect();
+        let mut group = Group::new(random, input, &widths, true, &ranks);
+        for (expert, (scaled, biased)) in [(true, false), (true, true), (false, true)].into_iter().enumerate()
+        {
+            for (site, pair) in group.experts[expert].pairs.iter_mut().enumerate() {
+                let pair = pair.as_mut().expect("a target");
+                let values = (0..widths[site]).map(|_| random.number()).collect::<Vec<_>>();
+                pair.column_scale = scaled.then(|| values.iter().map(|value| 1.0 + value / 2.0).collect());
+                pair.bias = biased.then_some(values);
+                if expert == 2 {
+                    *pair = Pair { rank: 0, a: vec![], b: vec![], ..pair.clone() };
+                }
+            }
+        }
+        let mut gates = runs(&[(Some(0), 5), (Some(1), 6), (Some(3), 4), (None, 2), (Some(2), 30)]);
+        gates.extend((0..9).map(|i| (0..=i % 4).map(|expert| (expert, random.number())).collect()));
+        check(random, &group, output, gates);
+    }
+}
+
 #[test]
 fn widths_that_fill_no_tile() {
     let random = &mut Random(9);
@@ -162,6 +192,20 @@ fn k_in_slices() {
         let rows = [(Some(0), 3), (Some(1), 4), (Some(2), 2), (Some(3), 5), (None, 2)];
         check(random, &group, output, runs(&rows));
     }
+}
+
+/// Thread blocks that park the sums of slices take several tiles each: the emulator runs eight at once.
+#[test]
+fn more_tiles_than_thread_blocks() {
+    let random = &mut Random(13);
+    let group = Group::new(random, 1024, &[264, 264], false, &same_ranks(&[16, 33], 2));
+    let batch = Batch::new(random, &group, Output::Store, runs(&[(Some(0), 60), (None, 10), (Some(1), 61)]));
+    under_thread_orders(2, || {
+        let on_device = OnDevice::new(&group, in_order(2), batch.rows());
+        assert_eq!(on_device.slices(), 2);
+        let y = on_device.run(&group, &batch, Output::Store, ProductKernel::RankExt);
+        assert_close(&group, &batch, Output::Store, &y);
+    });
 }
 
 /// Promise 3, for the kernels: rows in a batch, alone, at other places, among others and by the other kernel have the

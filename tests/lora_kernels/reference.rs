@@ -20,20 +20,31 @@ fn sum(group: &Group, batch: &Batch, row: usize, site: usize, column: usize) -> 
             .fold((0.0, 0.0), |(sum, size), (a, b)| (sum + f(a) * f(b), size + (f(a) * f(b)).abs()))
     };
     let x = &batch.x[row * input..(row + 1) * input];
-    let (mut value, mut size) = dot(x, &group.weights[site][column * input..(column + 1) * input]);
+    let (product, product_size) = dot(x, &group.weights[site][column * input..(column + 1) * input]);
+    let (mut scale, mut value, mut size) = (1.0, 0.0, 0.0);
     // V is rounded to bf16: half a unit in the last of 8 places, for each rank.
     let mut rounding = 0.0;
     for &(expert, gate) in &batch.gates[row] {
         let expert = &group.experts[expert as usize];
-        let Some(Pair { rank, a, b }) = &expert.pairs[site] else { continue };
+        let Some(Pair { rank, a, b, column_scale, bias }) = &expert.pairs[site] else { continue };
+        let gate = f64::from(gate);
+        if let Some(column_scale) = column_scale {
+            scale += gate * (f64::from(column_scale[column]) - 1.0);
+        }
+        if let Some(bias) = bias {
+            value += gate * f64::from(bias[column]);
+            size += (gate * f64::from(bias[column])).abs();
+        }
         for r in 0..*rank {
             let (product, product_size) = dot(x, &a[r * input..(r + 1) * input]);
-            let factor = f64::from(gate) * f64::from(expert.scale) * f(&b[column * rank + r]);
+            let factor = gate * f64::from(expert.scale) * f(&b[column * rank + r]);
             value += factor * product;
             size += factor.abs() * product_size;
             rounding += (factor * product).abs() / 256.0;
         }
     }
+    value += scale * product;
+    size += scale.abs() * product_size;
     if let Some(biases) = &group.biases {
         value += f64::from(biases[site][column]);
     }

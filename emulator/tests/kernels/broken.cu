@@ -65,7 +65,8 @@ KERNEL(test_copy, CopyParams, 32, 1) {
   const uint32_t t = threadIdx.x;
   for (uint32_t stage = 0; stage < 2; ++stage) {
     const uint32_t group = stage * 32 + t;
-    ptx::copy_async_16(reinterpret_cast<char*>(&shared.groups[stage][t]) + p.misaligned, p.x + group * 4, group < p.valid);
+    char* destination = reinterpret_cast<char*>(&shared.groups[stage][t]) + p.misaligned;
+    ptx::copy_async_16(destination, p.x + group * 4, group < p.valid);
     ptx::copy_async_commit();
   }
   if (p.newest == 0) ptx::copy_async_wait<0>();

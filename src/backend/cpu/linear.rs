@@ -5,8 +5,8 @@ use std::ops::Range;
 use super::experts::{Expert, LowRank};
 use super::gemm::{Block, ChunkB, Correction, RunTerms, Terms, compute_block};
 use super::parallel::{Shared, parallel_for};
-use super::{Buffer, Cpu};
-use crate::backend::{CHUNK, Gates, LinearSite, Write};
+use super::{Buffer, Cpu, Site};
+use crate::backend::{CHUNK, Gates, Write};
 use crate::tensor::DType;
 
 /// Rows of a block of the product: with K_BLOCK columns of X this takes 192 KiB of L2.
@@ -58,14 +58,7 @@ unsafe impl Sync for Shrink {}
 unsafe impl Sync for Task {}
 unsafe impl Sync for Terms {}
 
-pub(super) fn linear(
-    cpu: &mut Cpu,
-    sites: &[LinearSite<Cpu>],
-    x: &Buffer,
-    gates: &Gates,
-    write: Write,
-    y: &mut Buffer,
-) {
+pub(super) fn linear(cpu: &mut Cpu, sites: &[Site], x: &Buffer, gates: &Gates, write: Write, y: &mut Buffer) {
     let rows = gates.rows();
     assert!(x.data.len() >= rows * x.width && y.data.len() >= rows * y.width, "rows exceed the buffers");
     assert_eq!(y.width, sites.iter().map(|site| site.experts.out_features).sum::<usize>(), "output width");
@@ -124,13 +117,7 @@ pub(super) fn linear(
 }
 
 /// Lists the chunks and corrections of every run at one site, and the shrinks that make their V.
-fn list_terms(
-    site: &LinearSite<Cpu>,
-    gates: &Gates,
-    terms: &mut Terms,
-    shrinks: &mut Vec<Shrink>,
-    v_len: &mut usize,
-) {
+fn list_terms(site: &Site, gates: &Gates, terms: &mut Terms, shrinks: &mut Vec<Shrink>, v_len: &mut usize) {
     terms.runs.clear();
     terms.chunks.clear();
     terms.corrections.clear();
@@ -237,7 +224,7 @@ unsafe fn run_shrink(isa: super::Isa, shrink: &Shrink, x: *const f32, x_stride: 
 }
 
 /// Cuts a site's output into blocks; rows whose expert replaces the weight are blocks of their own.
-fn list_tasks(index: usize, site: &LinearSite<Cpu>, gates: &Gates, tasks: &mut Vec<Task>) {
+fn list_tasks(index: usize, site: &Site, gates: &Gates, tasks: &mut Vec<Task>) {
     let replaced = |experts: &[u32]| {
         experts.iter().find_map(|&slot| match site.experts.get(slot) {
             Some(Expert::Replace(weight)) => Some(weight),
@@ -273,7 +260,7 @@ fn blocks(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>
 }
 
 /// `y[row] = table[token]` plus, for rows whose experts change the lookup, `Σ gate · scale · B A[:, token]`.
-pub(super) fn embed(table: &LinearSite<Cpu>, rows: &crate::backend::Rows, y: &mut Buffer) {
+pub(super) fn embed(table: &Site, rows: &crate::backend::Rows, y: &mut Buffer) {
     let width = y.width;
     for run in rows.gates.runs() {
         let experts = rows.gates.experts_of(run);

@@ -12,12 +12,12 @@ pub mod simd;
 use std::sync::Arc;
 
 use crate::backend::{
-    AttentionShape, Backend, BackendError, Gates, HeadNorms, LinearSite, RotaryTables, Rows, SiteChange,
+    AttentionShape, Backend, BackendError, FrozenLinear, Gates, HeadNorms, RotaryTables, Rows, SiteChange,
     Write,
 };
 use crate::tensor::Tensor;
 
-pub use experts::Experts;
+use experts::Experts;
 pub use kv_cache::KvCache;
 pub use simd::Isa;
 
@@ -57,6 +57,16 @@ impl Cpu {
     }
 }
 
+/// A frozen layer or table and its experts.
+pub struct Site {
+    weight: Tensor,
+    bias: Option<Vec<f32>>,
+    experts: Experts,
+}
+
+/// The sites of a group.
+pub struct Group(Vec<Site>);
+
 /// Activations `[capacity, width]` in f32.
 pub struct Buffer {
     data: Vec<f32>,
@@ -67,7 +77,8 @@ impl Backend for Cpu {
     type Weight = Tensor;
     type Vector = Vec<f32>;
     type Buffer = Buffer;
-    type Experts = Experts;
+    type Group = Group;
+    type Table = Site;
     type Rotary = RotaryTables;
     type KvCache = KvCache;
 
@@ -93,22 +104,48 @@ impl Backend for Cpu {
         buffer.data[..values.len()].copy_from_slice(values);
     }
 
-    fn experts(&self, in_features: usize, out_features: usize) -> Experts {
-        Experts::new(in_features, out_features)
+    fn group(&self, sites: Vec<FrozenLinear<Self>>) -> Result<Group, BackendError> {
+        let sites = sites.into_iter().map(|FrozenLinear { weight, bias }| {
+            let [out_features, in_features] = [weight.shape()[0], weight.shape()[1]];
+            Site { weight, bias, experts: Experts::new(in_features, out_features) }
+        });
+        Ok(Group(sites.collect()))
+    }
+
+    fn table(&self, weight: Tensor) -> Result<Site, BackendError> {
+        let [vocabulary, width] = [weight.shape()[0], weight.shape()[1]];
+        Ok(Site { weight, bias: None, experts: Experts::new(vocabulary, width) })
     }
 
     fn load_expert(
         &self,
-        experts: &mut Experts,
+        group: &mut Group,
+        site: usize,
         slot: usize,
         change: &SiteChange,
     ) -> Result<(), BackendError> {
-        experts.load(slot, change);
+        group.0[site].experts.load(slot, change);
         Ok(())
     }
 
-    fn unload_expert(&self, experts: &mut Experts, slot: usize) {
-        experts.unload(slot);
+    fn load_table_expert(
+        &self,
+        table: &mut Site,
+        slot: usize,
+        change: &SiteChange,
+    ) -> Result<(), BackendError> {
+        table.experts.load(slot, change);
+        Ok(())
+    }
+
+    fn unload_expert(&self, group: &mut Group, slot: usize) {
+        for site in &mut group.0 {
+            site.experts.unload(slot);
+        }
+    }
+
+    fn unload_table_expert(&self, table: &mut Site, slot: usize) {
+        table.experts.unload(slot);
     }
 
     fn rotary(&self, tables: RotaryTables) -> Result<RotaryTables, BackendError> {
@@ -119,7 +156,7 @@ impl Backend for Cpu {
         Ok(KvCache::new(blocks, pages, shape))
     }
 
-    fn embed(&mut self, table: &LinearSite<Self>, rows: &Rows, y: &mut Buffer) {
+    fn embed(&mut self, table: &Site, rows: &Rows, y: &mut Buffer) {
         linear::embed(table, rows, y);
     }
 
@@ -127,15 +164,8 @@ impl Backend for Cpu {
         elementwise::rms_norm(self.isa, x, rows, weight, epsilon, y);
     }
 
-    fn linear(
-        &mut self,
-        sites: &[LinearSite<Self>],
-        x: &Buffer,
-        gates: &Gates,
-        write: Write,
-        y: &mut Buffer,
-    ) {
-        linear::linear(self, sites, x, gates, write, y);
+    fn linear(&mut self, group: &Group, x: &Buffer, gates: &Gates, write: Write, y: &mut Buffer) {
+        linear::linear(self, &group.0, x, gates, write, y);
     }
 
     fn rope_store(

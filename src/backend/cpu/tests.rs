@@ -59,7 +59,7 @@ fn expert_output(expert: &ExpertWeights, x: &[f32]) -> Vec<f64> {
 
 /// `y` of one row by the formula of [`ExpertWeights`].
 fn linear_reference(
-    site: &LinearSite<Cpu>,
+    site: &Site,
     changes: &[Option<SiteChange>],
     x: &[f32],
     entries: &[(u32, f32)],
@@ -152,24 +152,23 @@ fn linear_matches_an_f64_loop_and_rows_do_not_depend_on_neighbours() {
         let before = random.values(gates.rows() * width);
         let write = [Write::Replace, Write::Add][random.below(2)];
         for mut cpu in backends() {
-            let sites: Vec<LinearSite<Cpu>> = (0..widths.len())
-                .map(|site| {
-                    let mut experts = cpu.experts(k, widths[site]);
-                    for (slot, change) in changes[site].iter().enumerate() {
-                        if let Some(change) = change {
-                            cpu.load_expert(&mut experts, slot, change).unwrap();
-                        }
+            let frozen = (0..widths.len())
+                .map(|site| FrozenLinear { weight: weights[site].clone(), bias: biases[site].clone() });
+            let mut group = cpu.group(frozen.collect()).unwrap();
+            for (site, changes) in changes.iter().enumerate() {
+                for (slot, change) in changes.iter().enumerate() {
+                    if let Some(change) = change {
+                        cpu.load_expert(&mut group, site, slot, change).unwrap();
                     }
-                    LinearSite { weight: weights[site].clone(), bias: biases[site].clone(), experts }
-                })
-                .collect();
+                }
+            }
             let mut run = |gates: &Gates, x: &[f32], before: &[f32]| {
                 let rows = gates.rows();
                 let mut input = cpu.buffer(rows, k).unwrap();
                 let mut output = cpu.buffer(rows, width).unwrap();
                 cpu.write(&mut input, x);
                 cpu.write(&mut output, before);
-                cpu.linear(&sites, &input, gates, write, &mut output);
+                cpu.linear(&group, &input, gates, write, &mut output);
                 cpu.read(&output, rows).to_vec()
             };
             let together = run(&gates, &x, &before);
@@ -177,7 +176,7 @@ fn linear_matches_an_f64_loop_and_rows_do_not_depend_on_neighbours() {
                 let x = &x[row * k..(row + 1) * k];
                 let before = &before[row * width..(row + 1) * width];
                 let mut wanted = Vec::new();
-                for (site, changes) in sites.iter().zip(&changes) {
+                for (site, changes) in group.0.iter().zip(&changes) {
                     wanted.extend(linear_reference(site, changes, x, &entries[row]));
                 }
                 let got = &together[row * width..(row + 1) * width];
@@ -213,10 +212,9 @@ fn embedding_adds_the_low_rank_lookup() {
     };
     let other = random.tensor([vocabulary, hidden], DType::F32);
     for mut cpu in backends() {
-        let mut experts = cpu.experts(vocabulary, hidden);
-        cpu.load_expert(&mut experts, 0, &SiteChange::LowRank(expert.clone())).unwrap();
-        cpu.load_expert(&mut experts, 1, &SiteChange::Replace(other.clone())).unwrap();
-        let table = LinearSite { weight: weight.clone(), bias: None, experts };
+        let mut table = cpu.table(weight.clone()).unwrap();
+        cpu.load_table_expert(&mut table, 0, &SiteChange::LowRank(expert.clone())).unwrap();
+        cpu.load_table_expert(&mut table, 1, &SiteChange::Replace(other.clone())).unwrap();
         let mut rows = Rows::default();
         rows.push_sequence(&[3, 9], 0, 0, &[], &[]);
         rows.push_sequence(&[9], 0, 0, &[], &[(0, 0.5)]);

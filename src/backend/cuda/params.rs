@@ -12,30 +12,32 @@ pub const ROW_TILE: usize = 128;
 pub const MAX_SITES: usize = 4;
 /// Most K slices of a site group.
 pub const MAX_SLICES: usize = 8;
+/// Most K slices of V.
+pub const MAX_SHRINK_SLICES: usize = 8;
 /// K is cut into slices between blocks of this many elements.
 pub const K_BLOCK: usize = 64;
-/// Launch geometry. The kernels assert that it is theirs.
+/// Launch geometry of the kernels whose names begin so. The kernels assert that it is theirs.
 pub const CHUNK_LISTS_THREADS: usize = 256;
 /// `shrink_gate_16`, for few rows: rows and rank chunks of a thread block.
-pub const SHRINK_16_ROWS: usize = 16;
-pub const SHRINK_16_CHUNKS: usize = 1;
-pub const SHRINK_16_THREADS: usize = 128;
-pub const SHRINK_16_SHARED_BYTES: usize = 98304;
+pub const SHRINK_GATE_16_ROWS: usize = 16;
+pub const SHRINK_GATE_16_CHUNKS: usize = 1;
+pub const SHRINK_GATE_16_THREADS: usize = 128;
+pub const SHRINK_GATE_16_SHARED_BYTES: usize = 99328;
 /// `shrink_gate_64`, for many rows.
-pub const SHRINK_64_ROWS: usize = 64;
-pub const SHRINK_64_CHUNKS: usize = 4;
-pub const SHRINK_64_THREADS: usize = 256;
-pub const SHRINK_64_SHARED_BYTES: usize = 73728;
+pub const SHRINK_GATE_64_ROWS: usize = 64;
+pub const SHRINK_GATE_64_CHUNKS: usize = 4;
+pub const SHRINK_GATE_64_THREADS: usize = 256;
+pub const SHRINK_GATE_64_SHARED_BYTES: usize = 92160;
 /// `gemm_rank_ext_*`: tiles of ROW_TILE rows.
-pub const GEMM_COLUMNS: usize = 128;
-pub const GEMM_THREADS: usize = 256;
-pub const GEMM_SHARED_BYTES: usize = 98304;
+pub const GEMM_RANK_EXT_COLUMNS: usize = 128;
+pub const GEMM_RANK_EXT_THREADS: usize = 256;
+pub const GEMM_RANK_EXT_SHARED_BYTES: usize = 98304;
 /// `gemm_decode_*`, for at most 16, 32 or 64 rows.
-pub const DECODE_COLUMNS: usize = 64;
-pub const DECODE_THREADS: usize = 128;
-pub const DECODE_16_SHARED_BYTES: usize = 81920;
-pub const DECODE_32_SHARED_BYTES: usize = 98304;
-pub const DECODE_64_SHARED_BYTES: usize = 98304;
+pub const GEMM_DECODE_COLUMNS: usize = 64;
+pub const GEMM_DECODE_THREADS: usize = 128;
+pub const GEMM_DECODE_16_SHARED_BYTES: usize = 81920;
+pub const GEMM_DECODE_32_SHARED_BYTES: usize = 98304;
+pub const GEMM_DECODE_64_SHARED_BYTES: usize = 98304;
 /// Tokens of a page of the KV cache.
 pub const PAGE: usize = 16;
 /// Keys that a softmax goes over at a time, from multiples of this position.
@@ -101,15 +103,23 @@ pub struct SlotChunks {
     /// nor its neighbours decide in which order a row is summed.
     pub phase: u32,
     pub scale: f32,
+    pub reserved: u32,
+    /// What the expert changes besides: with gate g, the frozen product is multiplied by 1 + g · (column_scale − 1)
+    /// (DoRA), and g · bias is added. [out_features], or null.
+    pub column_scale: u64,
+    pub bias: u64,
 }
 
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SlotChunks"][::std::mem::size_of::<SlotChunks>() - 12usize];
-    ["Alignment of SlotChunks"][::std::mem::align_of::<SlotChunks>() - 4usize];
+    ["Size of SlotChunks"][::std::mem::size_of::<SlotChunks>() - 32usize];
+    ["Alignment of SlotChunks"][::std::mem::align_of::<SlotChunks>() - 8usize];
     ["Offset of field: SlotChunks::count"][::std::mem::offset_of!(SlotChunks, count) - 0usize];
     ["Offset of field: SlotChunks::phase"][::std::mem::offset_of!(SlotChunks, phase) - 4usize];
     ["Offset of field: SlotChunks::scale"][::std::mem::offset_of!(SlotChunks, scale) - 8usize];
+    ["Offset of field: SlotChunks::reserved"][::std::mem::offset_of!(SlotChunks, reserved) - 12usize];
+    ["Offset of field: SlotChunks::column_scale"][::std::mem::offset_of!(SlotChunks, column_scale) - 16usize];
+    ["Offset of field: SlotChunks::bias"][::std::mem::offset_of!(SlotChunks, bias) - 24usize];
 };
 
 /// Where one site's chunks are looked up.
@@ -211,16 +221,21 @@ pub struct ShrinkGateParams {
     pub a: [u64; 4usize],
     /// [1]: rows of this step.
     pub rows: u64,
+    /// `shrink_gate_16` with more than one slice: partial sums [v blocks][slices][ROW_TILE][16].
+    pub partials: u64,
+    /// Likewise [v blocks][ROW_TILE / 16]: slices that have arrived; zero before and after every launch.
+    pub arrived: u64,
     pub in_features: u32,
     pub x_stride: u32,
-    /// Cells of a row tile: slices · sites.
+    /// K slices of V: not those of the products.
+    pub slices: u32,
+    /// Cells of a row tile in the chunk list: the products' slices · sites.
     pub cells: u32,
-    pub reserved: u32,
 }
 
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ShrinkGateParams"][::std::mem::size_of::<ShrinkGateParams>() - 96usize];
+    ["Size of ShrinkGateParams"][::std::mem::size_of::<ShrinkGateParams>() - 112usize];
     ["Alignment of ShrinkGateParams"][::std::mem::align_of::<ShrinkGateParams>() - 8usize];
     ["Offset of field: ShrinkGateParams::x"][::std::mem::offset_of!(ShrinkGateParams, x) - 0usize];
     ["Offset of field: ShrinkGateParams::v"][::std::mem::offset_of!(ShrinkGateParams, v) - 8usize];
@@ -229,13 +244,17 @@ const _: () = {
     ["Offset of field: ShrinkGateParams::starts"][::std::mem::offset_of!(ShrinkGateParams, starts) - 32usize];
     ["Offset of field: ShrinkGateParams::a"][::std::mem::offset_of!(ShrinkGateParams, a) - 40usize];
     ["Offset of field: ShrinkGateParams::rows"][::std::mem::offset_of!(ShrinkGateParams, rows) - 72usize];
+    ["Offset of field: ShrinkGateParams::partials"]
+        [::std::mem::offset_of!(ShrinkGateParams, partials) - 80usize];
+    ["Offset of field: ShrinkGateParams::arrived"]
+        [::std::mem::offset_of!(ShrinkGateParams, arrived) - 88usize];
     ["Offset of field: ShrinkGateParams::in_features"]
-        [::std::mem::offset_of!(ShrinkGateParams, in_features) - 80usize];
+        [::std::mem::offset_of!(ShrinkGateParams, in_features) - 96usize];
     ["Offset of field: ShrinkGateParams::x_stride"]
-        [::std::mem::offset_of!(ShrinkGateParams, x_stride) - 84usize];
-    ["Offset of field: ShrinkGateParams::cells"][::std::mem::offset_of!(ShrinkGateParams, cells) - 88usize];
-    ["Offset of field: ShrinkGateParams::reserved"]
-        [::std::mem::offset_of!(ShrinkGateParams, reserved) - 92usize];
+        [::std::mem::offset_of!(ShrinkGateParams, x_stride) - 100usize];
+    ["Offset of field: ShrinkGateParams::slices"]
+        [::std::mem::offset_of!(ShrinkGateParams, slices) - 104usize];
+    ["Offset of field: ShrinkGateParams::cells"][::std::mem::offset_of!(ShrinkGateParams, cells) - 108usize];
 };
 
 /// One linear layer of a group.
@@ -248,6 +267,8 @@ pub struct GemmSite {
     pub bias: u64,
     /// Arena [chunk][out_features][16].
     pub b: u64,
+    /// [slots]
+    pub slots: u64,
     pub out_features: u32,
     /// Where the site's outputs start in a row of y.
     pub y_column: u32,
@@ -255,13 +276,14 @@ pub struct GemmSite {
 
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of GemmSite"][::std::mem::size_of::<GemmSite>() - 32usize];
+    ["Size of GemmSite"][::std::mem::size_of::<GemmSite>() - 40usize];
     ["Alignment of GemmSite"][::std::mem::align_of::<GemmSite>() - 8usize];
     ["Offset of field: GemmSite::weight"][::std::mem::offset_of!(GemmSite, weight) - 0usize];
     ["Offset of field: GemmSite::bias"][::std::mem::offset_of!(GemmSite, bias) - 8usize];
     ["Offset of field: GemmSite::b"][::std::mem::offset_of!(GemmSite, b) - 16usize];
-    ["Offset of field: GemmSite::out_features"][::std::mem::offset_of!(GemmSite, out_features) - 24usize];
-    ["Offset of field: GemmSite::y_column"][::std::mem::offset_of!(GemmSite, y_column) - 28usize];
+    ["Offset of field: GemmSite::slots"][::std::mem::offset_of!(GemmSite, slots) - 24usize];
+    ["Offset of field: GemmSite::out_features"][::std::mem::offset_of!(GemmSite, out_features) - 32usize];
+    ["Offset of field: GemmSite::y_column"][::std::mem::offset_of!(GemmSite, y_column) - 36usize];
 };
 
 #[repr(u32)]
@@ -279,8 +301,8 @@ pub enum Epilogue {
 /// `gemm_rank_ext_*` and `gemm_decode_*`: Y = X · Wᵀ + bias + Σ_chunks V · Bᵀ, all sites of a group.
 ///
 /// The sum of one output is defined by the group alone: K is cut into `slices` runs of K blocks; a slice is summed in
-/// fp32 over ascending k and then over its rank chunks in list order, from zero; slices are added in ascending order;
-/// bias and residual come last; the result is rounded to bf16 once. Both kernels keep to it, so a row's bits depend
+/// fp32 over ascending k, from zero, then changed column by column where experts do that (their biases in slice 0), then
+/// summed over its rank chunks in list order; slices are added in ascending order; bias and residual come last; the result is rounded to bf16 once. Both kernels keep to it, so a row's bits depend
 /// neither on the kernel nor on the other rows.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -296,12 +318,17 @@ pub struct GemmParams {
     /// null for a group without adapters.
     pub chunks: u64,
     pub starts: u64,
-    /// Where slices are spread over thread blocks: partial sums [tiles][slices][rows of the tile][columns of the tile].
+    /// With more than one slice, partial sums. Where slices are spread over thread blocks: [tiles][slices][rows of the
+    /// tile][columns of the tile]; where a thread block has them all: as much for each thread block.
     pub partials: u64,
     /// [tiles]: slices that have arrived; zero before the first launch and after every launch.
     pub arrived: u64,
     /// [1]: rows of this step.
     pub rows: u64,
+    /// The step's experts, as in `ChunkListParams` and `ShrinkGateParams`; read only if `changes_columns`.
+    pub tile_entries: u64,
+    pub entry_slots: u64,
+    pub gates: u64,
     pub site: [GemmSite; 4usize],
     pub sites: u32,
     pub slices: u32,
@@ -310,14 +337,17 @@ pub struct GemmParams {
     pub y_stride: u32,
     /// enum Epilogue
     pub epilogue: u32,
-    /// Row tiles that the grid covers.
+    /// Tiles of `gemm_rank_ext` and `gemm_rank_ext_sliced`.
     pub row_tiles: u32,
+    pub column_tiles: u32,
+    /// Whether a slot of the group has a column scale or a bias.
+    pub changes_columns: u32,
     pub reserved: u32,
 }
 
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of GemmParams"][::std::mem::size_of::<GemmParams>() - 232usize];
+    ["Size of GemmParams"][::std::mem::size_of::<GemmParams>() - 296usize];
     ["Alignment of GemmParams"][::std::mem::align_of::<GemmParams>() - 8usize];
     ["Offset of field: GemmParams::x"][::std::mem::offset_of!(GemmParams, x) - 0usize];
     ["Offset of field: GemmParams::y"][::std::mem::offset_of!(GemmParams, y) - 8usize];
@@ -328,15 +358,22 @@ const _: () = {
     ["Offset of field: GemmParams::partials"][::std::mem::offset_of!(GemmParams, partials) - 48usize];
     ["Offset of field: GemmParams::arrived"][::std::mem::offset_of!(GemmParams, arrived) - 56usize];
     ["Offset of field: GemmParams::rows"][::std::mem::offset_of!(GemmParams, rows) - 64usize];
-    ["Offset of field: GemmParams::site"][::std::mem::offset_of!(GemmParams, site) - 72usize];
-    ["Offset of field: GemmParams::sites"][::std::mem::offset_of!(GemmParams, sites) - 200usize];
-    ["Offset of field: GemmParams::slices"][::std::mem::offset_of!(GemmParams, slices) - 204usize];
-    ["Offset of field: GemmParams::in_features"][::std::mem::offset_of!(GemmParams, in_features) - 208usize];
-    ["Offset of field: GemmParams::x_stride"][::std::mem::offset_of!(GemmParams, x_stride) - 212usize];
-    ["Offset of field: GemmParams::y_stride"][::std::mem::offset_of!(GemmParams, y_stride) - 216usize];
-    ["Offset of field: GemmParams::epilogue"][::std::mem::offset_of!(GemmParams, epilogue) - 220usize];
-    ["Offset of field: GemmParams::row_tiles"][::std::mem::offset_of!(GemmParams, row_tiles) - 224usize];
-    ["Offset of field: GemmParams::reserved"][::std::mem::offset_of!(GemmParams, reserved) - 228usize];
+    ["Offset of field: GemmParams::tile_entries"][::std::mem::offset_of!(GemmParams, tile_entries) - 72usize];
+    ["Offset of field: GemmParams::entry_slots"][::std::mem::offset_of!(GemmParams, entry_slots) - 80usize];
+    ["Offset of field: GemmParams::gates"][::std::mem::offset_of!(GemmParams, gates) - 88usize];
+    ["Offset of field: GemmParams::site"][::std::mem::offset_of!(GemmParams, site) - 96usize];
+    ["Offset of field: GemmParams::sites"][::std::mem::offset_of!(GemmParams, sites) - 256usize];
+    ["Offset of field: GemmParams::slices"][::std::mem::offset_of!(GemmParams, slices) - 260usize];
+    ["Offset of field: GemmParams::in_features"][::std::mem::offset_of!(GemmParams, in_features) - 264usize];
+    ["Offset of field: GemmParams::x_stride"][::std::mem::offset_of!(GemmParams, x_stride) - 268usize];
+    ["Offset of field: GemmParams::y_stride"][::std::mem::offset_of!(GemmParams, y_stride) - 272usize];
+    ["Offset of field: GemmParams::epilogue"][::std::mem::offset_of!(GemmParams, epilogue) - 276usize];
+    ["Offset of field: GemmParams::row_tiles"][::std::mem::offset_of!(GemmParams, row_tiles) - 280usize];
+    ["Offset of field: GemmParams::column_tiles"]
+        [::std::mem::offset_of!(GemmParams, column_tiles) - 284usize];
+    ["Offset of field: GemmParams::changes_columns"]
+        [::std::mem::offset_of!(GemmParams, changes_columns) - 288usize];
+    ["Offset of field: GemmParams::reserved"][::std::mem::offset_of!(GemmParams, reserved) - 292usize];
 };
 
 /// Query heads of one sequence that share key heads: pair i is row i / group of the sequence's rows in this step, and

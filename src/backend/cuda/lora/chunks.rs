@@ -7,7 +7,7 @@ use half::bf16;
 use super::super::params::{RANK_CHUNK as CHUNK, SlotChunks};
 use super::super::{CudaError, Device, DeviceBuffer, Stream};
 
-/// A low-rank pair of one adapter at one site: `scale · B · A`.
+/// What one adapter changes at one site: `scale · B · A`, and per column. Rank 0 where it only changes columns.
 #[derive(Clone, Copy, Debug)]
 pub struct LowRank<'a> {
     pub rank: usize,
@@ -17,6 +17,10 @@ pub struct LowRank<'a> {
     pub b: &'a [bf16],
     /// alpha / r, or alpha / √r.
     pub scale: f32,
+    /// `[out_features]`: with gate g, the frozen product is multiplied by `1 + g · (column_scale − 1)` (DoRA).
+    pub column_scale: Option<&'a [f32]>,
+    /// `[out_features]`, added times the gate.
+    pub bias: Option<&'a [f32]>,
     /// Where this adapter stands among all others, in every sum: made from its content, so that it is the same in
     /// every batch and every process. See [`WorkList`](super::WorkList).
     pub order: u64,
@@ -37,9 +41,16 @@ pub struct ChunkArena {
     chunk_ids: DeviceBuffer<u32>,
     /// What the device knows of each slot.
     table: Vec<SlotChunks>,
-    /// Chunks of each slot.
-    held: Vec<Vec<u32>>,
+    /// What each slot holds.
+    held: Vec<Held>,
     free: Vec<u32>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    chunks: Vec<u32>,
+    column_scale: Option<DeviceBuffer<f32>>,
+    bias: Option<DeviceBuffer<f32>>,
 }
 
 impl ChunkArena {
@@ -65,7 +76,7 @@ impl ChunkArena {
             slots: DeviceBuffer::new(device, slots, "slots of experts")?,
             chunk_ids: DeviceBuffer::new(device, slots * chunks_per_slot, "chunks of slots")?,
             table: vec![SlotChunks::default(); slots],
-            held: vec![Vec::new(); slots],
+            held: (0..slots).map(|_| Held::default()).collect(),
             free: (0..chunks as u32).rev().collect(),
         };
         stream.upload(&arena.table, &arena.slots)?;
@@ -80,18 +91,23 @@ impl ChunkArena {
     pub fn load(&mut self, stream: &Stream, slot: usize, pair: &LowRank<'_>) -> Result<(), CudaError> {
         self.check(slot, pair)?;
         let count = pair.rank.div_ceil(CHUNK);
-        if count > self.free.len() + self.held[slot].len() {
-            return Err(CudaError::OutOfChunks {
-                wanted: count,
-                available: self.free.len() + self.held[slot].len(),
-            });
+        let available = self.free.len() + self.chunks_of(slot);
+        if count > available {
+            return Err(CudaError::OutOfChunks { wanted: count, available });
         }
         self.unload(stream, slot)?;
-        let ids = self.free.split_off(self.free.len() - count);
-        let result = self.copy(stream, slot, pair, &ids);
-        match result {
-            Ok(()) => self.held[slot] = ids,
-            Err(_) => self.free.extend(ids),
+        let columns = |values: Option<&[f32]>| {
+            let Some(values) = values else { return Ok(None) };
+            let buffer = DeviceBuffer::new(stream.device(), values.len(), "an adapter's columns")?;
+            stream.upload(values, &buffer)?;
+            Ok::<_, CudaError>(Some(buffer))
+        };
+        let (column_scale, bias) = (columns(pair.column_scale)?, columns(pair.bias)?);
+        let chunks = self.free.split_off(self.free.len() - count);
+        self.held[slot] = Held { chunks, column_scale, bias };
+        let result = self.copy(stream, slot, pair);
+        if result.is_err() {
+            self.free.append(&mut std::mem::take(&mut self.held[slot]).chunks);
         }
         result
     }
@@ -99,8 +115,7 @@ impl ChunkArena {
     /// Empties a slot. Rows that still name it use nothing.
     pub fn unload(&mut self, stream: &Stream, slot: usize) -> Result<(), CudaError> {
         self.set_slot(stream, slot, SlotChunks::default())?;
-        let chunks = std::mem::take(&mut self.held[slot]);
-        self.free.extend(chunks);
+        self.free.append(&mut std::mem::take(&mut self.held[slot]).chunks);
         Ok(())
     }
 
@@ -111,7 +126,12 @@ impl ChunkArena {
 
     /// Rank chunks of the expert in a slot; 0 where it is empty.
     pub fn chunks_of(&self, slot: usize) -> usize {
-        self.held[slot].len()
+        self.held[slot].chunks.len()
+    }
+
+    /// Whether an expert changes columns.
+    pub(super) fn changes_columns(&self) -> bool {
+        self.held.iter().any(|held| held.column_scale.is_some() || held.bias.is_some())
     }
 
     pub fn in_features(&self) -> usize {
@@ -161,19 +181,24 @@ impl ChunkArena {
                 return shape(format!("{name} has {} at {at}, not a finite value", values[at]));
             }
         }
+        for (name, values) in [("the column scale", pair.column_scale), ("the bias", pair.bias)] {
+            let Some(values) = values else { continue };
+            if values.len() != self.out_features {
+                return shape(format!("{name} has {} values, wanted {}", values.len(), self.out_features));
+            }
+            if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+                return shape(format!("{name} has {} at {at}, not a finite value", values[at]));
+            }
+        }
         if !pair.scale.is_finite() {
             return shape(format!("scale {} is not finite", pair.scale));
         }
         Ok(())
     }
 
-    fn copy(
-        &mut self,
-        stream: &Stream,
-        slot: usize,
-        pair: &LowRank<'_>,
-        ids: &[u32],
-    ) -> Result<(), CudaError> {
+    /// Copies a pair into the chunks that its slot holds.
+    fn copy(&mut self, stream: &Stream, slot: usize, pair: &LowRank<'_>) -> Result<(), CudaError> {
+        let Held { chunks: ids, column_scale, bias } = &self.held[slot];
         let mut a = vec![bf16::ZERO; CHUNK * self.in_features];
         let mut b = vec![bf16::ZERO; CHUNK * self.out_features];
         for (j, &id) in ids.iter().enumerate() {
@@ -192,7 +217,15 @@ impl ChunkArena {
         }
         let first = slot * self.chunks_per_slot;
         stream.upload(ids, self.chunk_ids.slice(first..first + ids.len()))?;
-        let entry = SlotChunks { count: ids.len() as u32, phase: pair.order as u32, scale: pair.scale };
+        let address = |columns: &Option<DeviceBuffer<f32>>| columns.as_ref().map_or(0, DeviceBuffer::address);
+        let entry = SlotChunks {
+            count: ids.len() as u32,
+            phase: pair.order as u32,
+            scale: pair.scale,
+            reserved: 0,
+            column_scale: address(column_scale),
+            bias: address(bias),
+        };
         self.set_slot(stream, slot, entry)
     }
 

@@ -7,14 +7,17 @@ use bytemuck::Zeroable;
 use half::bf16;
 
 use super::super::params::{
-    CHUNK_LISTS_THREADS, ChunkListGroup, ChunkListParams, ChunkListSite, DECODE_COLUMNS, K_BLOCK, MAX_SITES,
-    MAX_SLICES, ROW_TILE, RankChunk,
+    CHUNK_LISTS_THREADS, ChunkListGroup, ChunkListParams, ChunkListSite, GEMM_DECODE_COLUMNS, K_BLOCK,
+    MAX_SHRINK_SLICES, MAX_SITES, MAX_SLICES, ROW_TILE, RankChunk,
 };
 use super::super::{CudaError, Device, DeviceBuffer, Launch, Stream};
 use super::{ChunkArena, LoraKernels, WorkList};
 
 /// Thread blocks that a decode product should at least have: about one for each multiprocessor of a large GPU.
 const THREAD_BLOCKS: usize = 128;
+
+/// Least values of a slice of K when V is computed.
+const SHRINK_SLICE: usize = 1024;
 
 /// K blocks that are worth a slice of their own.
 const BLOCKS_PER_SLICE: usize = 8;
@@ -24,9 +27,15 @@ const BLOCKS_PER_SLICE: usize = 8;
 /// Each slice is summed from zero, and slices are added in ascending order. Groups with few outputs need slices to
 /// keep a whole GPU busy while few rows are decoded; groups with many outputs have one.
 pub fn k_slices(in_features: usize, out_features: impl IntoIterator<Item = usize>) -> usize {
-    let tiles: usize = out_features.into_iter().map(|width| width.div_ceil(DECODE_COLUMNS)).sum();
+    let tiles: usize = out_features.into_iter().map(|width| width.div_ceil(GEMM_DECODE_COLUMNS)).sum();
     let blocks = in_features.div_ceil(K_BLOCK);
     THREAD_BLOCKS.div_ceil(tiles.max(1)).min(blocks / BLOCKS_PER_SLICE).clamp(1, MAX_SLICES)
+}
+
+/// Into how many slices K is cut when V is computed: a property of its length alone, and with it of every sum. Slices of
+/// 1024 values or more, each of which keeps a multiprocessor busy for about as long as a launch takes.
+pub fn shrink_slices(in_features: usize) -> usize {
+    (in_features / SHRINK_SLICE).clamp(1, MAX_SHRINK_SLICES)
 }
 
 /// One frozen linear layer and its experts.

@@ -6,16 +6,24 @@ use bytemuck::Zeroable;
 use half::bf16;
 
 use super::super::params::{
-    self, ChunkListParams, DECODE_16_SHARED_BYTES, DECODE_32_SHARED_BYTES, DECODE_64_SHARED_BYTES,
-    DECODE_COLUMNS, DECODE_THREADS, GEMM_COLUMNS, GEMM_SHARED_BYTES, GEMM_THREADS, GemmParams, GemmSite,
-    RANK_CHUNK, ROW_TILE, SHRINK_16_CHUNKS, SHRINK_16_ROWS, SHRINK_16_SHARED_BYTES, SHRINK_16_THREADS,
-    SHRINK_64_CHUNKS, SHRINK_64_ROWS, SHRINK_64_SHARED_BYTES, SHRINK_64_THREADS, ShrinkGateParams,
+    self, ChunkListParams, GEMM_DECODE_16_SHARED_BYTES, GEMM_DECODE_32_SHARED_BYTES,
+    GEMM_DECODE_64_SHARED_BYTES, GEMM_DECODE_COLUMNS, GEMM_DECODE_THREADS, GEMM_RANK_EXT_COLUMNS,
+    GEMM_RANK_EXT_SHARED_BYTES, GEMM_RANK_EXT_THREADS, GemmParams, GemmSite, RANK_CHUNK, ROW_TILE,
+    SHRINK_GATE_16_CHUNKS, SHRINK_GATE_16_ROWS, SHRINK_GATE_16_SHARED_BYTES, SHRINK_GATE_16_THREADS,
+    SHRINK_GATE_64_CHUNKS, SHRINK_GATE_64_ROWS, SHRINK_GATE_64_SHARED_BYTES, SHRINK_GATE_64_THREADS,
+    ShrinkGateParams,
 };
 use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Kernel, Launch, Stream};
-use super::{SiteGroup, WorkList};
+use super::{SiteGroup, WorkList, shrink_slices};
 
 /// Most rows of a decode product.
 const DECODE_ROWS: usize = 64;
+
+/// Most rows whose V is better spread over K slices than read once for several chunks.
+const SPLIT_SHRINK_ROWS: usize = 512;
+
+/// Thread blocks of `gemm_rank_ext` that an SM holds.
+const GEMM_BLOCKS: usize = 2;
 
 /// Thread blocks of `shrink_gate` that an SM holds.
 const SHRINK_BLOCKS: usize = 2;
@@ -61,6 +69,8 @@ pub struct Scratch {
     v: DeviceBuffer<bf16>,
     partials: DeviceBuffer<f32>,
     arrived: DeviceBuffer<u32>,
+    shrink_partials: DeviceBuffer<f32>,
+    shrink_arrived: DeviceBuffer<u32>,
 }
 
 impl Scratch {
@@ -73,20 +83,29 @@ impl Scratch {
         let most = |of: &dyn Fn(&SiteGroup) -> usize| groups.iter().map(|group| of(group)).max().unwrap_or(0);
         let v = most(&|group| group.capacity()) * ROW_TILE * RANK_CHUNK;
         let multiprocessors = device.properties().multiprocessors as usize;
-        let tiles = most(&|group| column_tiles(group, DECODE_COLUMNS, false).max(multiprocessors));
+        let tiles = most(&|group| column_tiles(group, GEMM_DECODE_COLUMNS, false).max(multiprocessors));
         let partials = most(&|group| match group.slices() {
             1 => 0,
             slices => {
-                let decode = column_tiles(group, DECODE_COLUMNS, false) * DECODE_ROWS * DECODE_COLUMNS;
-                slices * decode.max(multiprocessors * ROW_TILE * GEMM_COLUMNS)
+                let decode =
+                    column_tiles(group, GEMM_DECODE_COLUMNS, false) * DECODE_ROWS * GEMM_DECODE_COLUMNS;
+                slices * decode.max(GEMM_BLOCKS * multiprocessors * ROW_TILE * GEMM_RANK_EXT_COLUMNS)
             }
         });
+        let shrink_partials = most(&|group| match shrink_slices(group.in_features()) {
+            1 => 0,
+            slices => group.capacity() * slices * ROW_TILE * RANK_CHUNK,
+        });
+        let parts = most(&|group| group.capacity()) * (ROW_TILE / SHRINK_GATE_16_ROWS);
         let scratch = Self {
             v: DeviceBuffer::new(device, v, "V")?,
             partials: DeviceBuffer::new(device, partials, "partial sums")?,
             arrived: DeviceBuffer::new(device, tiles, "counters of partial sums")?,
+            shrink_partials: DeviceBuffer::new(device, shrink_partials, "partial sums of V")?,
+            shrink_arrived: DeviceBuffer::new(device, parts, "counters of partial sums of V")?,
         };
         stream.upload(&vec![0; tiles], &scratch.arrived)?;
+        stream.upload(&vec![0; parts], &scratch.shrink_arrived)?;
         Ok(scratch)
     }
 
@@ -122,9 +141,9 @@ pub enum ProductKernel {
 /// How V is spread over the device. It decides the time, not the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShrinkKernel {
-    /// `shrink_gate_16`: 16 rows and one rank chunk for each thread block.
+    /// `shrink_gate_16`: 16 rows, one rank chunk and one K slice for each thread block.
     Rows16,
-    /// `shrink_gate_64`: 64 rows and four rank chunks.
+    /// `shrink_gate_64`: 64 rows, four rank chunks and the whole of K.
     Rows64,
 }
 
@@ -158,19 +177,19 @@ impl LoraKernels {
                 device.kernel(&format!("gemm_decode_{rows}"))?.with_shared_memory(shared_bytes as u32)?;
             Ok::<_, CudaError>(Decode { rows, shared_bytes, kernel })
         };
-        let gemm = |name| device.kernel(name)?.with_shared_memory(GEMM_SHARED_BYTES as u32);
+        let gemm = |name| device.kernel(name)?.with_shared_memory(GEMM_RANK_EXT_SHARED_BYTES as u32);
         let shrink = |name, shared_bytes| device.kernel(name)?.with_shared_memory(shared_bytes as u32);
         Ok(Self {
             chunk_lists: device.kernel("chunk_lists")?,
-            shrink_gate_16: shrink("shrink_gate_16", SHRINK_16_SHARED_BYTES)?,
-            shrink_gate_64: shrink("shrink_gate_64", SHRINK_64_SHARED_BYTES)?,
+            shrink_gate_16: shrink("shrink_gate_16", SHRINK_GATE_16_SHARED_BYTES)?,
+            shrink_gate_64: shrink("shrink_gate_64", SHRINK_GATE_64_SHARED_BYTES)?,
             gemm_rank_ext: gemm("gemm_rank_ext")?,
             gemm_rank_ext_sliced: gemm("gemm_rank_ext_sliced")?,
             gemm_rank_ext_split: gemm("gemm_rank_ext_split")?,
             gemm_decode: [
-                decode(16, DECODE_16_SHARED_BYTES)?,
-                decode(32, DECODE_32_SHARED_BYTES)?,
-                decode(64, DECODE_64_SHARED_BYTES)?,
+                decode(16, GEMM_DECODE_16_SHARED_BYTES)?,
+                decode(32, GEMM_DECODE_32_SHARED_BYTES)?,
+                decode(64, GEMM_DECODE_64_SHARED_BYTES)?,
             ],
             multiprocessors: device.properties().multiprocessors as usize,
         })
@@ -189,7 +208,7 @@ impl LoraKernels {
         x: Matrix<'_>,
         step: &Step<'_>,
     ) -> Result<(), CudaError> {
-        let few = step.row_bound <= DECODE_ROWS;
+        let few = step.row_bound <= SPLIT_SHRINK_ROWS;
         let kernel = if few { ShrinkKernel::Rows16 } else { ShrinkKernel::Rows64 };
         self.shrink_gate_by(kernel, stream, group, x, step)
     }
@@ -235,7 +254,6 @@ impl LoraKernels {
     ) -> Result<(), CudaError> {
         let params = gemm_params(group, x, y, epilogue, step)?;
         let tiles = gemm_tiles(group, epilogue, step.row_bound);
-        let columns = tiles / step.row_bound.div_ceil(ROW_TILE).max(1);
         let slices = params.slices;
         let (kernel, grid, threads, shared_bytes) = match kernel {
             ProductKernel::Decode => {
@@ -244,20 +262,24 @@ impl LoraKernels {
                     let rows = step.row_bound;
                     return Err(CudaError::Shape(format!("{rows} rows to decode, at most {DECODE_ROWS}")));
                 };
-                let tiles = column_tiles(group, DECODE_COLUMNS, matches!(epilogue, Epilogue::SwiGlu));
-                (&decode.kernel, [tiles as u32, slices, 1], DECODE_THREADS, decode.shared_bytes)
+                let tiles = column_tiles(group, GEMM_DECODE_COLUMNS, matches!(epilogue, Epilogue::SwiGlu));
+                (&decode.kernel, [tiles as u32, slices, 1], GEMM_DECODE_THREADS, decode.shared_bytes)
             }
             ProductKernel::RankExt => {
-                let kernel = if slices == 1 { &self.gemm_rank_ext } else { &self.gemm_rank_ext_sliced };
-                (kernel, [tiles as u32, 1, 1], GEMM_THREADS, GEMM_SHARED_BYTES)
+                // One that parks its sums has memory for as many thread blocks as run at once.
+                let (kernel, blocks) = match slices {
+                    1 => (&self.gemm_rank_ext, tiles),
+                    _ => (&self.gemm_rank_ext_sliced, tiles.min(GEMM_BLOCKS * self.multiprocessors)),
+                };
+                (kernel, [blocks as u32, 1, 1], GEMM_RANK_EXT_THREADS, GEMM_RANK_EXT_SHARED_BYTES)
             }
             ProductKernel::RankExtSplit if slices > 1 && tiles > self.multiprocessors => {
                 let most = self.multiprocessors;
                 return Err(CudaError::Shape(format!("{tiles} tiles in slices, at most {most}")));
             }
             ProductKernel::RankExtSplit => {
-                let grid = [columns as u32, slices, params.row_tiles];
-                (&self.gemm_rank_ext_split, grid, GEMM_THREADS, GEMM_SHARED_BYTES)
+                let grid = [params.column_tiles, slices, params.row_tiles];
+                (&self.gemm_rank_ext_split, grid, GEMM_RANK_EXT_THREADS, GEMM_RANK_EXT_SHARED_BYTES)
             }
         };
         if step.row_bound == 0 {
@@ -293,32 +315,50 @@ impl LoraKernels {
             chunks: group.list().address(),
             starts: group.starts().address(),
             rows: step.work.rows_address(),
+            partials: step.scratch.shrink_partials.address(),
+            arrived: step.scratch.shrink_arrived.address(),
             in_features: group.in_features() as u32,
             x_stride: x.stride as u32,
+            slices: shrink_slices(group.in_features()) as u32,
             cells: (group.slices() * group.sites().len()) as u32,
             ..Zeroable::zeroed()
         };
         for (a, site) in params.a.iter_mut().zip(group.sites()) {
             *a = site.chunks.a();
         }
-        let (kernel, rows, chunks, threads, shared_bytes) = match kernel {
+        let (kernel, rows, chunks, slices, threads, shared_bytes) = match kernel {
             ShrinkKernel::Rows16 => {
-                let bytes = SHRINK_16_SHARED_BYTES;
-                (&self.shrink_gate_16, SHRINK_16_ROWS, SHRINK_16_CHUNKS, SHRINK_16_THREADS, bytes)
+                let slices = params.slices as usize;
+                let bytes = SHRINK_GATE_16_SHARED_BYTES;
+                (
+                    &self.shrink_gate_16,
+                    SHRINK_GATE_16_ROWS,
+                    SHRINK_GATE_16_CHUNKS,
+                    slices,
+                    SHRINK_GATE_16_THREADS,
+                    bytes,
+                )
             }
             ShrinkKernel::Rows64 => {
-                let bytes = SHRINK_64_SHARED_BYTES;
-                (&self.shrink_gate_64, SHRINK_64_ROWS, SHRINK_64_CHUNKS, SHRINK_64_THREADS, bytes)
+                let bytes = SHRINK_GATE_64_SHARED_BYTES;
+                (
+                    &self.shrink_gate_64,
+                    SHRINK_GATE_64_ROWS,
+                    SHRINK_GATE_64_CHUNKS,
+                    1,
+                    SHRINK_GATE_64_THREADS,
+                    bytes,
+                )
             }
         };
         let parts = step.row_bound.div_ceil(rows);
         // Thread blocks beside each other share a tile's chunks; as many as the device holds at once.
         let most = group.capacity().div_ceil(chunks).max(1);
-        let beside = (SHRINK_BLOCKS * self.multiprocessors / parts).clamp(1, most);
+        let beside = (SHRINK_BLOCKS * self.multiprocessors / (parts * slices)).clamp(1, most);
         let launch = Launch {
             shared_bytes: shared_bytes as u32,
             overlap_previous: step.overlap,
-            ..Launch::new([parts as u32, beside as u32, 1], threads as u32)
+            ..Launch::new([parts as u32, beside as u32, slices as u32], threads as u32)
         };
         // SAFETY: X has been checked; V, lists and gates are sized by the group and the work list.
         unsafe { stream.launch(kernel, &launch, &params) }
@@ -327,7 +367,7 @@ impl LoraKernels {
 
 /// Tiles of `gemm_rank_ext` that cover a product's outputs.
 fn gemm_tiles(group: &SiteGroup, epilogue: Epilogue<'_>, rows: usize) -> usize {
-    column_tiles(group, GEMM_COLUMNS, matches!(epilogue, Epilogue::SwiGlu)) * rows.div_ceil(ROW_TILE)
+    column_tiles(group, GEMM_RANK_EXT_COLUMNS, matches!(epilogue, Epilogue::SwiGlu)) * rows.div_ceil(ROW_TILE)
 }
 
 /// Tiles of `columns` columns that cover a group's outputs: no tile straddles sites, unless it pairs them.
@@ -379,12 +419,17 @@ fn gemm_params(
         partials: step.scratch.partials.address(),
         arrived: step.scratch.arrived.address(),
         rows: step.work.rows_address(),
+        tile_entries: step.work.tile_entries_address(),
+        entry_slots: step.work.entry_slots_address(),
+        gates: step.work.gates_address(),
         sites: widths.len() as u32,
         slices: group.slices() as u32,
         in_features: group.in_features() as u32,
         x_stride: x.stride as u32,
         y_stride: y.stride as u32,
         row_tiles: step.row_bound.div_ceil(ROW_TILE) as u32,
+        column_tiles: column_tiles(group, GEMM_RANK_EXT_COLUMNS, matches!(epilogue, Epilogue::SwiGlu)) as u32,
+        changes_columns: group.sites().iter().any(|site| site.chunks.changes_columns()).into(),
         ..Zeroable::zeroed()
     };
     to.epilogue = match epilogue {
@@ -402,6 +447,7 @@ fn gemm_params(
             weight: site.weight.address(),
             bias: site.bias.as_ref().map_or(0, DeviceBuffer::address),
             b: site.chunks.b(),
+            slots: site.chunks.slots().address(),
             out_features: site.chunks.out_features() as u32,
             y_column: column,
         };

@@ -14,7 +14,7 @@
 //! # One sum, two kernels
 //!
 //! `gemm_decode` serves up to 64 rows, `gemm_rank_ext` any number. All compute each output by the same sequence of
-//! additions, which [`k_slices`] and the adapter's `order` fix: a row's bits depend on neither the kernel, nor its
+//! additions, which [`k_slices`], [`shrink_slices`] and the adapter's `order` fix: a row's bits depend on neither the kernel, nor its
 //! place in the batch, nor the other rows.
 
 mod chunks;
@@ -23,7 +23,7 @@ mod kernels;
 mod work_list;
 
 pub use chunks::{ChunkArena, LowRank};
-pub use group::{ChunkLists, Site, SiteGroup, k_slices};
+pub use group::{ChunkLists, Site, SiteGroup, k_slices, shrink_slices};
 pub use kernels::{Epilogue, LoraKernels, Matrix, ProductKernel, Scratch, ShrinkKernel, Step};
 pub use work_list::WorkList;
 
