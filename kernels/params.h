@@ -354,6 +354,86 @@ struct PickRowsParams {
   uint32_t access;
 };
 
+// ---- attention over the paged cache ----
+
+// Keys that a softmax goes over at a time, from multiples of this position.
+#define LORAMUX_ATTENTION_KEYS 64
+// Keys of a split, from multiples of this position: summed from zero, then added to the splits before it.
+#define LORAMUX_ATTENTION_SPLIT 512
+#define LORAMUX_ATTENTION_THREADS 128
+// (row, head) pairs of a tile of `attention_*`, and of `attention_256` and all `attention_split_*`.
+#define LORAMUX_ATTENTION_TILE_64 64
+#define LORAMUX_ATTENTION_TILE_16 16
+// Floats before the sums of a partial result: maximum, sum of weights, and up to 16 bytes.
+#define LORAMUX_ATTENTION_PARTIAL_HEADER 4
+// A window that no position reaches back to.
+#define LORAMUX_ATTENTION_NO_WINDOW 0x7fffffff
+// Shared memory, by head_dim as padded.
+#define LORAMUX_ATTENTION_16_SHARED_BYTES 16400
+#define LORAMUX_ATTENTION_32_SHARED_BYTES 28688
+#define LORAMUX_ATTENTION_64_SHARED_BYTES 53264
+#define LORAMUX_ATTENTION_80_SHARED_BYTES 43024
+#define LORAMUX_ATTENTION_96_SHARED_BYTES 51216
+#define LORAMUX_ATTENTION_128_SHARED_BYTES 67600
+#define LORAMUX_ATTENTION_256_SHARED_BYTES 86272
+#define LORAMUX_ATTENTION_SPLIT_16_SHARED_BYTES 15360
+#define LORAMUX_ATTENTION_SPLIT_32_SHARED_BYTES 24064
+#define LORAMUX_ATTENTION_SPLIT_64_SHARED_BYTES 41472
+#define LORAMUX_ATTENTION_SPLIT_80_SHARED_BYTES 50176
+#define LORAMUX_ATTENTION_SPLIT_96_SHARED_BYTES 58880
+#define LORAMUX_ATTENTION_SPLIT_128_SHARED_BYTES 76288
+#define LORAMUX_ATTENTION_SPLIT_256_SHARED_BYTES 78336
+
+// Query heads of one sequence that share key heads: pair i is row i / group of the sequence's rows in this step, and
+// query head i % group of each key head, where group = heads / kv_heads. A tile is a run of pairs.
+struct AttentionTile {
+  // The sequence's first row in the step, the position of that row, and its first page in `pages`.
+  uint32_t row;
+  uint32_t position;
+  uint32_t page;
+  uint32_t first_pair;
+  uint32_t pairs;
+  // The rest is for `attention_split_*`, whose list has an entry for each split of a tile. Which split:
+  uint32_t split;
+  // The tile's counter, of those in `arrived`.
+  uint32_t counter;
+  // Partial result of pair i (of the tile) in split s: slot `partial + s · pairs + i` of `partials`.
+  uint32_t partial;
+};
+
+// `attention_*`, a thread block for a tile and key head, and `attention_split_*`, one for each split of a tile as well:
+// y[row][head] = softmax(q · Kᵀ / √head_dim) · V over the keys j ≤ i, j > i − window, for the row at position i.
+//
+// Pages are [kv_heads][LORAMUX_PAGE][head_dim].
+struct AttentionParams {
+  // [rows][q_stride], heads · head_dim used; rotated.
+  DEVICE(const struct bf16) q;
+  // [rows][y_stride], heads · head_dim used.
+  DEVICE(struct bf16) y;
+  // [pages of the cache][kv_heads][LORAMUX_PAGE][head_dim]; the step's own rows are there already.
+  DEVICE(const struct bf16) keys;
+  DEVICE(const struct bf16) values;
+  // Page numbers of all sequences, in order of position.
+  DEVICE(const uint32_t) pages;
+  DEVICE(const struct AttentionTile) tiles;
+  // [1]: entries of `tiles` in this step; on the device, so that one graph serves every step.
+  DEVICE(const uint32_t) tile_count;
+  // [slots][kv_heads][LORAMUX_ATTENTION_PARTIAL_HEADER + head_dim as padded]
+  DEVICE(float) partials;
+  // [tiles][kv_heads]: splits that have arrived; zero before the first launch and after every launch.
+  DEVICE(uint32_t) arrived;
+  uint32_t q_stride;
+  uint32_t y_stride;
+  uint32_t kv_heads;
+  // Query heads of a key head.
+  uint32_t group;
+  uint32_t head_dim;
+  uint32_t window;
+  // log₂(e) / √head_dim: scores become exponents of two.
+  float scale;
+  uint32_t reserved;
+};
+
 #if defined(__cplusplus) && !defined(LORAMUX_BINDGEN)
 #include "params_layout.h"
 #endif

@@ -54,6 +54,14 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&fragment)[4], const vo
                : "memory");
 }
 
+// The same with each matrix transposed: the lane receives rows 2·(l % 4) and 2·(l % 4) + 1 of column l / 4.
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&fragment)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // D[16x8] += A[16x16] · B[16x8], bf16 in, fp32 sums. With g = lane / 4 and q = 2·(lane % 4):
 // a: A[g][q..], A[g+8][q..], A[g][q+8..], A[g+8][q+8..], pairs along k; b: B[q..][g], B[q+8..][g], pairs along k;
 // sum: D[g][q], D[g][q+1], D[g+8][q], D[g+8][q+1].
@@ -63,6 +71,15 @@ __device__ __forceinline__ void mma_16x8x16(float (&sum)[4], const uint32_t (&a)
       "{%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- arithmetic (9.7.3.21) ----
+
+// 2^x to 2 ulp; subnormal numbers are zeros.
+__device__ __forceinline__ float exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
 }
 
 // ---- conversion (9.7.9.21) ----

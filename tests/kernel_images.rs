@@ -20,6 +20,10 @@ static IMAGES: &[(&str, &str)] = &include!(concat!(env!("OUT_DIR"), "/images.rs"
 const MMA: &str = "HMMA.16816.F32.BF16";
 /// Four 8x8 matrices from shared memory.
 const LOAD_MATRIX: &str = "LDSM.16.M88.4";
+/// The same, each transposed.
+const LOAD_TRANSPOSED: &str = "LDSM.16.MT88.4";
+/// 2^x, without the scaling that subnormal numbers would need.
+const EXP2: &str = "MUFU.EX2";
 /// 16 bytes from global to shared memory, past registers and L1.
 const COPY_ASYNC: &str = "LDGSTS.E.BYPASS.LTC128B.128";
 /// 16 bytes between global memory and registers.
@@ -27,7 +31,8 @@ const LOAD: &str = "LDG.E.128";
 const STORE: &str = "STG.E.128";
 
 /// By the name of the kernel or of a family of them: what its code must contain.
-const REQUIRED: [(&str, &[&str]); 9] = [
+const REQUIRED: [(&str, &[&str]); 10] = [
+    ("attention_", &[MMA, LOAD_MATRIX, LOAD_TRANSPOSED, COPY_ASYNC, EXP2]),
     ("chunk_lists", &[]),
     ("embed", &[LOAD, STORE]),
     ("gemm_decode_", &[MMA, LOAD_MATRIX, COPY_ASYNC]),

@@ -38,9 +38,21 @@ inline void load_matrix_x4(uint32_t (&fragment)[4], const void* row,
   emulator::load_matrix_x4(fragment, row, where);
 }
 
+inline void load_matrix_x4_transposed(uint32_t (&fragment)[4], const void* row,
+                                      std::source_location where = std::source_location::current()) {
+  emulator::load_matrix_x4_transposed(fragment, row, where);
+}
+
 inline void mma_16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                         std::source_location where = std::source_location::current()) {
   emulator::mma_16x8x16(sum, a, b0, b1, where);
+}
+
+// ---- arithmetic ----
+
+inline float exp2(float x) {
+  const float power = exp2f(x);
+  return power < 0x1p-126f ? 0.0f : power;
 }
 
 // ---- conversion ----

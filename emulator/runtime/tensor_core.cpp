@@ -45,6 +45,20 @@ void combine_load_matrix(void* const* operands, uint32_t) {
   }
 }
 
+void combine_load_transposed(void* const* operands, uint32_t) {
+  for (unsigned lane = 0; lane < warp_lanes; ++lane) {
+    const auto& own = *static_cast<const LoadMatrix*>(operands[lane]);
+    for (unsigned matrix = 0; matrix < 4; ++matrix) {
+      uint16_t pair[2];
+      for (unsigned i = 0; i < 2; ++i) {
+        const auto& source = *static_cast<const LoadMatrix*>(operands[matrix * 8 + lane % 4 * 2 + i]);
+        memcpy(&pair[i], source.row + lane / 4 * 2, 2);
+      }
+      memcpy(&own.fragment[matrix], pair, 4);
+    }
+  }
+}
+
 struct Mma {
   float* sum;
   const uint32_t* a;
@@ -108,6 +122,7 @@ const Collective mma{"mma_16x8x16", combine_mma};
 #endif
 
 constexpr Collective load_matrix{"load_matrix_x4", combine_load_matrix};
+constexpr Collective load_transposed{"load_matrix_x4_transposed", combine_load_transposed};
 
 }  // namespace
 
@@ -124,6 +139,12 @@ void load_matrix_x4(uint32_t (&fragment)[4], const void* row, const std::source_
   check_shared_16(row, "load_matrix_x4", where);
   LoadMatrix operand{fragment, static_cast<const unsigned char*>(row)};
   meet(load_matrix, ~0u, &operand, where);
+}
+
+void load_matrix_x4_transposed(uint32_t (&fragment)[4], const void* row, const std::source_location& where) {
+  check_shared_16(row, "load_matrix_x4_transposed", where);
+  LoadMatrix operand{fragment, static_cast<const unsigned char*>(row)};
+  meet(load_transposed, ~0u, &operand, where);
 }
 
 void mma_16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const std::source_location& where) {

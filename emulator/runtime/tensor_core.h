@@ -12,6 +12,9 @@ void copy_async_16(void* shared, const void* global, bool valid, const std::sour
 // ldmatrix.x4: lane l names row l % 8 of matrix l / 8.
 void load_matrix_x4(uint32_t (&fragment)[4], const void* row, const std::source_location& where);
 
+// ldmatrix.x4.trans: each matrix transposed.
+void load_matrix_x4_transposed(uint32_t (&fragment)[4], const void* row, const std::source_location& where);
+
 // mma.m16n8k16, bf16 in, fp32 sums over ascending k.
 void mma_16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const std::source_location& where);
 

@@ -46,6 +46,7 @@
 //! ([`CudaError::is_lost`]) no call of this process can succeed any more: [`CudaError::end_process_if_lost`] is the one
 //! place that ends it.
 
+pub mod attention;
 mod device;
 pub mod elementwise;
 mod error;

@@ -46,6 +46,33 @@ pub const ROW_THREADS: usize = 256;
 pub const ROW_COLUMNS: usize = 2048;
 pub const ROPE_THREADS: usize = 128;
 pub const ROPE_HEADS: usize = 16;
+/// Keys that a softmax goes over at a time, from multiples of this position.
+pub const ATTENTION_KEYS: usize = 64;
+/// Keys of a split, from multiples of this position: summed from zero, then added to the splits before it.
+pub const ATTENTION_SPLIT: usize = 512;
+pub const ATTENTION_THREADS: usize = 128;
+/// (row, head) pairs of a tile of `attention_*`, and of `attention_256` and all `attention_split_*`.
+pub const ATTENTION_TILE_64: usize = 64;
+pub const ATTENTION_TILE_16: usize = 16;
+/// Floats before the sums of a partial result: maximum, sum of weights, and up to 16 bytes.
+pub const ATTENTION_PARTIAL_HEADER: usize = 4;
+/// A window that no position reaches back to.
+pub const ATTENTION_NO_WINDOW: usize = 2147483647;
+/// Shared memory, by head_dim as padded.
+pub const ATTENTION_16_SHARED_BYTES: usize = 16400;
+pub const ATTENTION_32_SHARED_BYTES: usize = 28688;
+pub const ATTENTION_64_SHARED_BYTES: usize = 53264;
+pub const ATTENTION_80_SHARED_BYTES: usize = 43024;
+pub const ATTENTION_96_SHARED_BYTES: usize = 51216;
+pub const ATTENTION_128_SHARED_BYTES: usize = 67600;
+pub const ATTENTION_256_SHARED_BYTES: usize = 86272;
+pub const ATTENTION_SPLIT_16_SHARED_BYTES: usize = 15360;
+pub const ATTENTION_SPLIT_32_SHARED_BYTES: usize = 24064;
+pub const ATTENTION_SPLIT_64_SHARED_BYTES: usize = 41472;
+pub const ATTENTION_SPLIT_80_SHARED_BYTES: usize = 50176;
+pub const ATTENTION_SPLIT_96_SHARED_BYTES: usize = 58880;
+pub const ATTENTION_SPLIT_128_SHARED_BYTES: usize = 76288;
+pub const ATTENTION_SPLIT_256_SHARED_BYTES: usize = 78336;
 
 /// A rank chunk in use by a row tile. Its index in the chunk list is also its v block: where `shrink_gate` leaves and
 /// the products find V[row] = gate · scale · (x · A_chunkᵀ).
@@ -610,4 +637,103 @@ const _: () = {
     ["Offset of field: PickRowsParams::x_stride"][::std::mem::offset_of!(PickRowsParams, x_stride) - 36usize];
     ["Offset of field: PickRowsParams::y_stride"][::std::mem::offset_of!(PickRowsParams, y_stride) - 40usize];
     ["Offset of field: PickRowsParams::access"][::std::mem::offset_of!(PickRowsParams, access) - 44usize];
+};
+
+/// Query heads of one sequence that share key heads: pair i is row i / group of the sequence's rows in this step, and
+/// query head i % group of each key head, where group = heads / kv_heads. A tile is a run of pairs.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct AttentionTile {
+    /// The sequence's first row in the step, the position of that row, and its first page in `pages`.
+    pub row: u32,
+    pub position: u32,
+    pub page: u32,
+    pub first_pair: u32,
+    pub pairs: u32,
+    /// The rest is for `attention_split_*`, whose list has an entry for each split of a tile. Which split:
+    pub split: u32,
+    /// The tile's counter, of those in `arrived`.
+    pub counter: u32,
+    /// Partial result of pair i (of the tile) in split s: slot `partial + s · pairs + i` of `partials`.
+    pub partial: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionTile"][::std::mem::size_of::<AttentionTile>() - 32usize];
+    ["Alignment of AttentionTile"][::std::mem::align_of::<AttentionTile>() - 4usize];
+    ["Offset of field: AttentionTile::row"][::std::mem::offset_of!(AttentionTile, row) - 0usize];
+    ["Offset of field: AttentionTile::position"][::std::mem::offset_of!(AttentionTile, position) - 4usize];
+    ["Offset of field: AttentionTile::page"][::std::mem::offset_of!(AttentionTile, page) - 8usize];
+    ["Offset of field: AttentionTile::first_pair"]
+        [::std::mem::offset_of!(AttentionTile, first_pair) - 12usize];
+    ["Offset of field: AttentionTile::pairs"][::std::mem::offset_of!(AttentionTile, pairs) - 16usize];
+    ["Offset of field: AttentionTile::split"][::std::mem::offset_of!(AttentionTile, split) - 20usize];
+    ["Offset of field: AttentionTile::counter"][::std::mem::offset_of!(AttentionTile, counter) - 24usize];
+    ["Offset of field: AttentionTile::partial"][::std::mem::offset_of!(AttentionTile, partial) - 28usize];
+};
+
+/// `attention_*`, a thread block for a tile and key head, and `attention_split_*`, one for each split of a tile as well:
+/// y[row][head] = softmax(q · Kᵀ / √head_dim) · V over the keys j ≤ i, j > i − window, for the row at position i.
+///
+/// Pages are [kv_heads][PAGE][head_dim].
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct AttentionParams {
+    /// [rows][q_stride], heads · head_dim used; rotated.
+    pub q: u64,
+    /// [rows][y_stride], heads · head_dim used.
+    pub y: u64,
+    /// [pages of the cache][kv_heads][PAGE][head_dim]; the step's own rows are there already.
+    pub keys: u64,
+    pub values: u64,
+    /// Page numbers of all sequences, in order of position.
+    pub pages: u64,
+    pub tiles: u64,
+    /// [1]: entries of `tiles` in this step; on the device, so that one graph serves every step.
+    pub tile_count: u64,
+    /// [slots][kv_heads][ATTENTION_PARTIAL_HEADER + head_dim as padded]
+    pub partials: u64,
+    /// [tiles][kv_heads]: splits that have arrived; zero before the first launch and after every launch.
+    pub arrived: u64,
+    pub q_stride: u32,
+    pub y_stride: u32,
+    pub kv_heads: u32,
+    /// Query heads of a key head.
+    pub group: u32,
+    pub head_dim: u32,
+    pub window: u32,
+    /// log₂(e) / √head_dim: scores become exponents of two.
+    pub scale: f32,
+    pub reserved: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttentionParams"][::std::mem::size_of::<AttentionParams>() - 104usize];
+    ["Alignment of AttentionParams"][::std::mem::align_of::<AttentionParams>() - 8usize];
+    ["Offset of field: AttentionParams::q"][::std::mem::offset_of!(AttentionParams, q) - 0usize];
+    ["Offset of field: AttentionParams::y"][::std::mem::offset_of!(AttentionParams, y) - 8usize];
+    ["Offset of field: AttentionParams::keys"][::std::mem::offset_of!(AttentionParams, keys) - 16usize];
+    ["Offset of field: AttentionParams::values"][::std::mem::offset_of!(AttentionParams, values) - 24usize];
+    ["Offset of field: AttentionParams::pages"][::std::mem::offset_of!(AttentionParams, pages) - 32usize];
+    ["Offset of field: AttentionParams::tiles"][::std::mem::offset_of!(AttentionParams, tiles) - 40usize];
+    ["Offset of field: AttentionParams::tile_count"]
+        [::std::mem::offset_of!(AttentionParams, tile_count) - 48usize];
+    ["Offset of field: AttentionParams::partials"]
+        [::std::mem::offset_of!(AttentionParams, partials) - 56usize];
+    ["Offset of field: AttentionParams::arrived"][::std::mem::offset_of!(AttentionParams, arrived) - 64usize];
+    ["Offset of field: AttentionParams::q_stride"]
+        [::std::mem::offset_of!(AttentionParams, q_stride) - 72usize];
+    ["Offset of field: AttentionParams::y_stride"]
+        [::std::mem::offset_of!(AttentionParams, y_stride) - 76usize];
+    ["Offset of field: AttentionParams::kv_heads"]
+        [::std::mem::offset_of!(AttentionParams, kv_heads) - 80usize];
+    ["Offset of field: AttentionParams::group"][::std::mem::offset_of!(AttentionParams, group) - 84usize];
+    ["Offset of field: AttentionParams::head_dim"]
+        [::std::mem::offset_of!(AttentionParams, head_dim) - 88usize];
+    ["Offset of field: AttentionParams::window"][::std::mem::offset_of!(AttentionParams, window) - 92usize];
+    ["Offset of field: AttentionParams::scale"][::std::mem::offset_of!(AttentionParams, scale) - 96usize];
+    ["Offset of field: AttentionParams::reserved"]
+        [::std::mem::offset_of!(AttentionParams, reserved) - 100usize];
 };
