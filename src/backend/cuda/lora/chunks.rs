@@ -5,7 +5,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::super::params::{RANK_CHUNK as CHUNK, SlotChunks};
-use super::super::{CudaError, Device, DeviceBuffer, Stream};
+use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Stream};
 
 /// What one adapter changes at one site: `scale · B · A`, and per column. Rank 0 where it only changes columns.
 #[derive(Clone, Copy, Debug)]
@@ -29,11 +29,13 @@ pub struct LowRank<'a> {
 /// The low-rank pairs of one site's experts, by slot.
 ///
 /// A pair of rank r takes ⌈r / 16⌉ chunks, any that are free. Chunk c of A is `[16, in_features]`, chunk c of B
-/// `[out_features, 16]`; ranks beyond r are zeros.
+/// `[out_features, 16]`; ranks beyond r are zeros. For a lookup, where `in_features` is the vocabulary, chunk c of A is
+/// `[vocabulary, 16]`: the ranks of a token lie side by side.
 #[derive(Debug)]
 pub struct ChunkArena {
     in_features: usize,
     out_features: usize,
+    lookup: bool,
     chunks_per_slot: usize,
     a: DeviceBuffer<bf16>,
     b: DeviceBuffer<bf16>,
@@ -70,6 +72,7 @@ impl ChunkArena {
         let arena = Self {
             in_features,
             out_features,
+            lookup: false,
             chunks_per_slot,
             a: DeviceBuffer::new(device, chunks * CHUNK * in_features, "rank chunks of A")?,
             b: DeviceBuffer::new(device, chunks * CHUNK * out_features, "rank chunks of B")?,
@@ -81,6 +84,20 @@ impl ChunkArena {
         };
         stream.upload(&arena.table, &arena.slots)?;
         Ok(arena)
+    }
+
+    /// The same for the experts of an embedding table `[vocabulary, width]`.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`].
+    pub fn for_lookup(
+        stream: &Stream,
+        widths: [usize; 2],
+        chunks: usize,
+        slots: usize,
+        max_rank: usize,
+    ) -> Result<Self, CudaError> {
+        Ok(Self { lookup: true, ..Self::new(stream, widths, chunks, slots, max_rank)? })
     }
 
     /// Makes `pair` the content of `slot`. Waits for the copies; work that uses the slot must be done.
@@ -140,6 +157,16 @@ impl ChunkArena {
 
     pub fn out_features(&self) -> usize {
         self.out_features
+    }
+
+    /// Whether this is the arena of a lookup.
+    pub fn is_lookup(&self) -> bool {
+        self.lookup
+    }
+
+    /// All of A's chunks, and all of B's.
+    pub(super) fn arenas(&self) -> [DeviceSlice<'_, bf16>; 2] {
+        [self.a.slice(..), self.b.slice(..)]
     }
 
     pub(super) fn a(&self) -> u64 {
@@ -205,8 +232,16 @@ impl ChunkArena {
             let ranks = j * CHUNK..pair.rank.min((j + 1) * CHUNK);
             let count = ranks.len();
             a.fill(bf16::ZERO);
-            a[..count * self.in_features]
-                .copy_from_slice(&pair.a[ranks.start * self.in_features..ranks.end * self.in_features]);
+            let of_chunk = &pair.a[ranks.start * self.in_features..ranks.end * self.in_features];
+            if self.lookup {
+                for (rank, values) in of_chunk.chunks_exact(self.in_features).enumerate() {
+                    for (to, &value) in a[rank..].iter_mut().step_by(CHUNK).zip(values) {
+                        *to = value;
+                    }
+                }
+            } else {
+                a[..of_chunk.len()].copy_from_slice(of_chunk);
+            }
             for (row, of_row) in b.chunks_exact_mut(CHUNK).zip(pair.b.chunks_exact(pair.rank)) {
                 row.fill(bf16::ZERO);
                 row[..count].copy_from_slice(&of_row[ranks.clone()]);

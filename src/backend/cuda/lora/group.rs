@@ -6,6 +6,7 @@ use bytemuck::Zeroable;
 
 use half::bf16;
 
+use super::super::elementwise::{EmbeddingTable, LookupExperts};
 use super::super::params::{
     CHUNK_LISTS_THREADS, ChunkListGroup, ChunkListParams, ChunkListSite, GEMM_DECODE_COLUMNS, K_BLOCK,
     MAX_SHRINK_SLICES, MAX_SITES, MAX_SLICES, ROW_TILE, RankChunk,
@@ -66,7 +67,7 @@ impl SiteGroup {
     ///
     /// # Errors
     /// [`CudaError::Shape`] for no or too many sites, for sites of different inputs, and for widths that are no
-    /// multiples of 8.
+    /// multiples of 8. A lookup is a group of its own, of any widths.
     pub fn new(
         device: &Arc<Device>,
         sites: Vec<Site>,
@@ -80,11 +81,13 @@ impl SiteGroup {
             )));
         }
         let in_features = sites[0].chunks.in_features();
+        let lookup = sites[0].chunks.is_lookup();
         for site in &sites {
             let [input, output] = [site.chunks.in_features(), site.chunks.out_features()];
+            let whole = input.is_multiple_of(8) && output.is_multiple_of(8);
             if input != in_features
-                || !input.is_multiple_of(8)
-                || !output.is_multiple_of(8)
+                || (lookup || site.chunks.is_lookup()) && sites.len() > 1
+                || !lookup && !whole
                 || input * output == 0
             {
                 return Err(CudaError::Shape(format!(
@@ -146,6 +149,40 @@ impl SiteGroup {
     /// Most rank chunks that the tiles of a step may use together.
     pub fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    /// The table of a lookup, with the experts of the step in `work`: what `ElementwiseKernels::embed` takes.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`] for a group that is no lookup, or a work list for longer steps than the group's.
+    pub fn lookup<'a>(&'a self, work: &'a WorkList) -> Result<EmbeddingTable<'a>, CudaError> {
+        if !self.is_lookup() || work.max_rows() > self.max_rows {
+            return Err(CudaError::Shape(format!(
+                "a lookup in a group for {} rows by a work list for {}: wanted a group of an embedding table",
+                self.max_rows,
+                work.max_rows()
+            )));
+        }
+        let site = &self.sites[0];
+        let [a, b] = site.chunks.arenas();
+        let experts = LookupExperts {
+            a,
+            b,
+            chunks: self.list.slice(..),
+            starts: self.starts.slice(..),
+            cells: self.slices,
+            gates: work.gates(),
+        };
+        Ok(EmbeddingTable {
+            weight: site.weight.slice(..),
+            vocabulary: site.chunks.in_features(),
+            width: site.chunks.out_features(),
+            experts: (self.capacity > 0).then_some(experts),
+        })
+    }
+
+    pub(super) fn is_lookup(&self) -> bool {
+        self.sites[0].chunks.is_lookup()
     }
 
     /// The chunk list as it was built last: starts of the cells (row tile, K slice, site), then chunks. Waits for the

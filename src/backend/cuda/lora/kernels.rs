@@ -389,6 +389,9 @@ fn check_step(group: &SiteGroup, x: Matrix<'_>, step: &Step<'_>) -> Result<(), C
             group.max_rows()
         )));
     }
+    if group.is_lookup() {
+        return Err(CudaError::Shape("a product of an embedding table, which is looked up".to_owned()));
+    }
     if step.scratch.v.len() < group.capacity() * ROW_TILE * RANK_CHUNK {
         return Err(CudaError::Shape("scratch memory that was made for smaller groups".to_owned()));
     }

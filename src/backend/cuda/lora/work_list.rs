@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use super::super::elementwise::RowCount;
 use super::super::params::ROW_TILE as TILE;
-use super::super::{CudaError, Device, DeviceBuffer, Event, Pinned, Stream};
+use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Event, Pinned, Stream};
 use crate::backend::Gates;
 
 /// Which experts each tile of 128 rows uses, and each row's gates for them.
@@ -78,6 +79,16 @@ impl WorkList {
     /// Most rows of a step.
     pub fn max_rows(&self) -> usize {
         self.max_rows
+    }
+
+    /// The number of rows, for launches made for up to `bound` of them.
+    pub fn row_count(&self, bound: usize, overlap: bool) -> RowCount<'_> {
+        RowCount { count: self.numbers.slice(..1), bound, overlap }
+    }
+
+    /// `[entries, 128]`
+    pub(super) fn gates(&self) -> DeviceSlice<'_, f32> {
+        self.gates.slice(..)
     }
 
     /// Writes the staging memory and returns the number of entries.
