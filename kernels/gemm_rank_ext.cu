@@ -41,7 +41,11 @@ __device__ __forceinline__ void multiply_tile(const GemmParams& p, Place at, Sha
 #pragma unroll 1
   for (uint32_t slice = 0; slice < (sliced ? p.slices : 1); ++slice) {
     Product<Shape, false> product(p, tile, row, slice, storage);
-    if (!product.has_rows()) return;
+    if (!product.has_rows()) {
+      // Copies that are under way must not land in the next tile's stages.
+      ptx::copy_async_wait<0>();
+      return;
+    }
     Shape::Sums sums;
     product.multiply(sums);
     if (sliced)

@@ -98,7 +98,7 @@ class Product {
     }
   }
 
-  // Whether the tile has rows in this step.
+  // Whether the tile has rows in this step. Without, there is nothing to multiply.
   __device__ __forceinline__ bool has_rows() const { return row_ < rows_; }
   __device__ __forceinline__ uint32_t rows() const { return rows_; }
 
@@ -321,9 +321,7 @@ __device__ __forceinline__ void write_outputs(const GemmParams& p, const ColumnT
     } else {
       value = sums(row, piece * piece_values);
       add_bias(value, site, column);
-      if (p.epilogue == LORAMUX_ADD_RESIDUAL) {
-        add(value, load<8>(p.residual + output));
-      }
+      if (p.epilogue == LORAMUX_ADD_RESIDUAL) add(value, load<8>(p.residual + output));
     }
     store(p.y + output, value);
   }
@@ -349,8 +347,8 @@ __device__ __forceinline__ void finish(const GemmParams& p, const ColumnTile& ti
 
 // A tile of outputs whose K slices are spread over thread blocks. Grid: (column tiles, K slices, row tiles).
 //
-// The slices' sums meet in global memory. The last block of a tile to arrive adds them in ascending order, the order
-// in which `gemm_rank_ext` adds them in registers.
+// The slices' sums meet in global memory. The last block of a tile to arrive adds them in ascending order, as
+// `gemm_rank_ext_sliced` does with those it has parked.
 template <class Shape, bool stream_weights>
 __device__ __forceinline__ void multiply_one_slice(const GemmParams& p) {
   auto& storage = shared_storage<typename Shape::Storage>();
