@@ -10,7 +10,8 @@ namespace {
 // 2 x 4 warps of 64 x 32.
 using Shape = ProductShape<2, 4, 4, 3>;
 static_assert(Shape::rows == LORAMUX_ROW_TILE && Shape::columns == LORAMUX_GEMM_RANK_EXT_COLUMNS);
-static_assert(Shape::threads == LORAMUX_GEMM_RANK_EXT_THREADS && sizeof(Shape::Storage) == LORAMUX_GEMM_RANK_EXT_SHARED_BYTES);
+static_assert(Shape::threads == LORAMUX_GEMM_RANK_EXT_THREADS);
+static_assert(sizeof(Shape::Storage) == LORAMUX_GEMM_RANK_EXT_SHARED_BYTES);
 
 struct Place {
   uint32_t row_tile, column_tile;

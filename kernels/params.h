@@ -171,8 +171,9 @@ enum Epilogue {
 //
 // The sum of one output is defined by the group alone: K is cut into `slices` runs of K blocks; a slice is summed in
 // fp32 over ascending k, from zero, then changed column by column where experts do that (their biases in slice 0), then
-// summed over its rank chunks in list order; slices are added in ascending order; bias and residual come last; the result is rounded to bf16 once. Both kernels keep to it, so a row's bits depend
-// neither on the kernel nor on the other rows.
+// summed over its rank chunks in list order; slices are added in ascending order; bias and residual come last; the
+// result is rounded to bf16 once. All kernels keep to it, so a row's bits depend neither on the kernel nor on the other
+// rows.
 struct GemmParams {
   // [rows][x_stride], in_features used.
   DEVICE(const struct bf16) x;

@@ -151,7 +151,8 @@ class Product {
   // there and changes no bit of it.
   __device__ __forceinline__ void change_columns(Sums& sums) const {
     const uint32_t warp = threadIdx.x / 32, tile = row_ / LORAMUX_ROW_TILE;
-    const uint32_t row = row_ % LORAMUX_ROW_TILE + warp / Shape::warp_columns * Shape::rows_of_warp + threadIdx.x % 32 / 4;
+    const uint32_t row_of_warp = row_ % LORAMUX_ROW_TILE + warp / Shape::warp_columns * Shape::rows_of_warp;
+    const uint32_t row = row_of_warp + threadIdx.x % 32 / 4;
 #pragma unroll
     for (uint32_t c = 0; c < Shape::column_blocks; ++c) {
       uint32_t column = c * 8 + threadIdx.x % 4 * 2, site = tile_.site, width = Shape::columns_of_warp;

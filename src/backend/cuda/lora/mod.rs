@@ -14,8 +14,8 @@
 //! # One sum, two kernels
 //!
 //! `gemm_decode` serves up to 64 rows, `gemm_rank_ext` any number. All compute each output by the same sequence of
-//! additions, which [`k_slices`], [`shrink_slices`] and the adapter's `order` fix: a row's bits depend on neither the kernel, nor its
-//! place in the batch, nor the other rows.
+//! additions, which [`k_slices`], [`shrink_slices`] and the adapter's `order` fix: a row's bits depend on neither the
+//! kernel, nor its place in the batch, nor the other rows.
 
 mod chunks;
 mod group;
