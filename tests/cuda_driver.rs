@@ -366,7 +366,8 @@ fn a_launch_that_is_refused_names_the_kernel_its_shape_and_the_code() {
     for wrong in [
         Launch { grid: [0, 1, 1], ..LAUNCH },
         Launch { block: 2048, ..LAUNCH },
-        Launch { shared_bytes: 100 << 10, ..LAUNCH },
+        // More than any block can have, whatever the kernel has been allowed.
+        Launch { shared_bytes: 300 << 10, ..LAUNCH },
     ] {
         let error = lists.launch(&stream, &wrong).unwrap_err();
         assert!(matches!(error, CudaError::Launch { .. }), "{error}");

@@ -74,6 +74,8 @@ int attribute_value(CUdevice_attribute attribute) {
 
 }  // namespace
 
+thread_local uint64_t Counters::allocations_of_thread = 0;
+
 State& state() {
   static State the_state;
   return the_state;

@@ -26,6 +26,7 @@ CONTROL(void) loramux_emulator_set_memory(uint64_t bytes) {
 
 CONTROL(uint64_t) loramux_emulator_launches() { return state().counters.launches; }
 CONTROL(uint64_t) loramux_emulator_allocations() { return state().counters.allocations; }
+CONTROL(uint64_t) loramux_emulator_allocations_of_thread() { return Counters::allocations_of_thread; }
 CONTROL(uint64_t) loramux_emulator_synchronizations() { return state().counters.synchronizations; }
 
 // Copies the report of the last fault, cut off at `capacity` bytes, and returns its length; 0 if there was none.

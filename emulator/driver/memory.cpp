@@ -16,9 +16,14 @@ std::set<void*> pinned;
 
 void* pointer(CUdeviceptr address) { return reinterpret_cast<void*>(address); }
 
+void count_allocation() {
+  ++state().counters.allocations;
+  ++Counters::allocations_of_thread;
+}
+
 CUresult allocate(CUdeviceptr* address, size_t bytes) {
   if (address == nullptr || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
-  ++state().counters.allocations;
+  count_allocation();
   void* start = device_memory.allocate(bytes);
   *address = reinterpret_cast<CUdeviceptr>(start);
   return start == nullptr ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
@@ -130,7 +135,7 @@ DRIVER_API cuMemHostAlloc(void** address, size_t bytes, unsigned) {
   return with_context([&] {
     if (address == nullptr || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
     if (const CUresult refused = refuse_during_capture(); refused != CUDA_SUCCESS) return refused;
-    ++state().counters.allocations;
+    count_allocation();
     *address = aligned_alloc(page_bytes(), round_up(bytes, page_bytes()));
     if (*address == nullptr) return CUDA_ERROR_OUT_OF_MEMORY;
     pinned.insert(*address);

@@ -17,6 +17,8 @@ struct Counters {
   std::atomic<uint64_t> launches;
   // Calls that allocate device memory or pinned host memory.
   std::atomic<uint64_t> allocations;
+  // Those of this host thread.
+  static thread_local uint64_t allocations_of_thread;
   // Calls that make the host wait: for a stream, an event, the context, or a copy that is not asynchronous.
   std::atomic<uint64_t> synchronizations;
 };

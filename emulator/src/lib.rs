@@ -115,6 +115,12 @@ pub fn allocations() -> u64 {
     unsafe { (driver().allocations)() }
 }
 
+/// Those that the calling thread made: what a test can count while others run beside it.
+pub fn allocations_of_thread() -> u64 {
+    // SAFETY: as in `set_seed`.
+    unsafe { (driver().allocations_of_thread)() }
+}
+
 /// Calls that made the host wait for the device: synchronizing a stream, an event or the context, and copies and fills
 /// that are not asynchronous.
 pub fn synchronizations() -> u64 {
@@ -137,6 +143,7 @@ struct Driver {
     last_report: unsafe extern "C" fn(*mut u8, usize) -> usize,
     launches: unsafe extern "C" fn() -> u64,
     allocations: unsafe extern "C" fn() -> u64,
+    allocations_of_thread: unsafe extern "C" fn() -> u64,
     synchronizations: unsafe extern "C" fn() -> u64,
     reset: unsafe extern "C" fn(),
 }
@@ -156,6 +163,7 @@ impl Driver {
             last_report: symbol(&library, "loramux_emulator_last_report"),
             launches: symbol(&library, "loramux_emulator_launches"),
             allocations: symbol(&library, "loramux_emulator_allocations"),
+            allocations_of_thread: symbol(&library, "loramux_emulator_allocations_of_thread"),
             synchronizations: symbol(&library, "loramux_emulator_synchronizations"),
             reset: symbol(&library, "loramux_emulator_reset"),
         };

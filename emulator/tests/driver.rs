@@ -377,7 +377,7 @@ fn memory_is_counted_and_runs_out() {
     };
     loramux_emulator::set_memory(1 << 20);
     assert_eq!(info(), (1 << 20, 1 << 20));
-    let before = loramux_emulator::allocations();
+    let before = [loramux_emulator::allocations(), loramux_emulator::allocations_of_thread()];
     let half = device.allocate(1 << 19);
     assert_eq!(half.address % 256, 0);
     assert_eq!(info().0, 1 << 19);
@@ -391,7 +391,10 @@ fn memory_is_counted_and_runs_out() {
     }
     device.free(half);
     assert_eq!(info().0, 1 << 20);
-    assert_eq!(loramux_emulator::allocations() - before, 3);
+    assert_eq!(loramux_emulator::allocations() - before[0], 3);
+    assert_eq!(loramux_emulator::allocations_of_thread() - before[1], 3);
+    let elsewhere = std::thread::spawn(loramux_emulator::allocations_of_thread).join();
+    assert_eq!(elsewhere.expect("a number"), 0, "another thread has allocated nothing");
     loramux_emulator::set_memory(2 << 30);
 }
 

@@ -56,13 +56,13 @@ fn one_graph_serves_every_mix_of_sequences() {
         let outputs = y.slice(..inputs.rows.len() * on_device.y_stride());
         let mut padded = vec![bf16::NAN; outputs.len()];
         stream.upload(&padded, outputs).expect("a copy");
-        let before = (!on_gpu()).then(loramux_emulator::allocations);
+        let before = (!on_gpu()).then(loramux_emulator::allocations_of_thread);
         work.set(stream, &inputs.rows).expect("a work list");
         assert_eq!(work.has_whole(), pieces.iter().any(|piece| piece.path == Whole));
         // SAFETY: all buffers of the capture are alive.
         unsafe { graph.launch(stream) }.expect("a replay");
         if let Some(before) = before {
-            assert_eq!(loramux_emulator::allocations(), before, "a step must not allocate");
+            assert_eq!(loramux_emulator::allocations_of_thread(), before, "a step must not allocate");
         }
         stream.download(outputs, &mut padded).expect("the outputs");
         let got = on_device.unpadded(&padded, &pieces);

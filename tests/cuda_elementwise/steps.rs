@@ -102,12 +102,12 @@ fn one_graph_serves_every_step() {
         for rows in [limits().rows, 1, 0, 77, 130] {
             let of_step = step_of(random, rows);
             let picked: Vec<_> = (0..rows.min(8)).map(|_| random.below(rows) as u32).collect();
-            let before = (!on_gpu()).then(loramux_emulator::allocations);
+            let before = (!on_gpu()).then(loramux_emulator::allocations_of_thread);
             step.steps.set(&step.on.stream, &of_step, &picked).expect("a step");
             // SAFETY: all buffers of the capture are alive.
             unsafe { graph.launch(&step.on.stream) }.expect("a replay");
             if let Some(before) = before {
-                assert_eq!(loramux_emulator::allocations(), before, "a step must not allocate");
+                assert_eq!(loramux_emulator::allocations_of_thread(), before, "a step must not allocate");
             }
             alone.steps.set(&alone.on.stream, &of_step, &picked).expect("a step");
             alone.queue(rows, picked.len()).expect("launches");

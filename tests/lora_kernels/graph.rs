@@ -52,7 +52,7 @@ fn one_graph_serves_every_mix_of_adapters() {
         for rows in [bound, 1, bound / 2 + 1, 0, bound - 3] {
             let gates = any_mix(random, rows);
             let batch = Batch::new(random, &group, Output::Store, gates);
-            let before = (!on_gpu()).then(loramux_emulator::allocations);
+            let before = (!on_gpu()).then(loramux_emulator::allocations_of_thread);
             inputs[..batch.x.len()].copy_from_slice(&batch.x);
             work.set(stream, &on_device.gates(&batch), on_device.order_of(&group)).expect("a work list");
             // SAFETY: `inputs` is next written after the outputs of this step have been waited for.
@@ -63,7 +63,7 @@ fn one_graph_serves_every_mix_of_adapters() {
             let count = rows * width;
             stream.download(y.slice(..count), &mut outputs[..count]).expect("the outputs");
             if let Some(before) = before {
-                assert_eq!(loramux_emulator::allocations(), before, "a step must not allocate");
+                assert_eq!(loramux_emulator::allocations_of_thread(), before, "a step must not allocate");
             }
             let wanted = on_device.run(&group, &batch, Output::Store, ProductKernel::RankExt);
             assert_eq!(bits(&outputs[..count]), bits(&wanted), "{rows} rows of at most {bound}");
