@@ -37,7 +37,7 @@ use super::params::{
 };
 use super::{CudaError, Device, DeviceSlice, Kernel, Launch, Stream};
 
-pub use super::lora::Matrix;
+pub use super::Matrix;
 pub use super::params::{StepRow, StepSequence};
 pub use embed::{EmbeddingTable, LookupExperts};
 pub use rope::{BlockPages, HeadNormWeights, Rotary};

@@ -13,7 +13,7 @@ use super::super::params::{
     SHRINK_GATE_64_CHUNKS, SHRINK_GATE_64_ROWS, SHRINK_GATE_64_SHARED_BYTES, SHRINK_GATE_64_THREADS,
     ShrinkGateParams,
 };
-use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Kernel, Launch, Stream};
+use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Kernel, Launch, Matrix, Stream};
 use super::{SiteGroup, WorkList, shrink_slices};
 
 /// Most rows of a decode product.
@@ -24,29 +24,6 @@ const GEMM_BLOCKS: usize = 2;
 
 /// Thread blocks of `shrink_gate` that an SM holds.
 const SHRINK_BLOCKS: usize = 2;
-
-/// Rows of activations `[rows, stride]`, of which the first elements are used.
-#[derive(Clone, Copy)]
-pub struct Matrix<'a> {
-    pub data: DeviceSlice<'a, bf16>,
-    /// Elements from row to row; a multiple of 8.
-    pub stride: usize,
-}
-
-impl Matrix<'_> {
-    fn check(&self, name: &str, rows: usize, width: usize) -> Result<(), CudaError> {
-        let wanted = if rows == 0 { 0 } else { (rows - 1) * self.stride + width };
-        if self.stride < width || !self.stride.is_multiple_of(8) || self.data.len() < wanted {
-            return Err(CudaError::Shape(format!(
-                "{name} of {} elements, {} a row, for {rows} rows of {width}: wanted at least that, and rows in \
-                 multiples of 8",
-                self.data.len(),
-                self.stride
-            )));
-        }
-        Ok(())
-    }
-}
 
 /// What becomes of the sums of a product.
 #[derive(Clone, Copy)]
@@ -380,6 +357,20 @@ fn column_tiles(group: &SiteGroup, columns: usize, paired: bool) -> usize {
     group.sites().iter().map(|site| site.chunks.out_features().div_ceil(columns)).sum()
 }
 
+/// Checks that a matrix has `rows` rows of `width` that 16-byte accesses can take.
+fn check_matrix(matrix: Matrix<'_>, name: &str, rows: usize, width: usize) -> Result<(), CudaError> {
+    let wanted = if rows == 0 { 0 } else { (rows - 1) * matrix.stride + width };
+    if matrix.stride < width || !matrix.stride.is_multiple_of(8) || matrix.data.len() < wanted {
+        return Err(CudaError::Shape(format!(
+            "{name} of {} elements, {} a row, for {rows} rows of {width}: wanted at least that, and rows in multiples \
+             of 8",
+            matrix.data.len(),
+            matrix.stride
+        )));
+    }
+    Ok(())
+}
+
 fn check_step(group: &SiteGroup, x: Matrix<'_>, step: &Step<'_>) -> Result<(), CudaError> {
     if step.row_bound > step.work.max_rows() || step.work.max_rows() > group.max_rows() {
         return Err(CudaError::Shape(format!(
@@ -395,7 +386,7 @@ fn check_step(group: &SiteGroup, x: Matrix<'_>, step: &Step<'_>) -> Result<(), C
     if step.scratch.v.len() < group.capacity() * ROW_TILE * RANK_CHUNK {
         return Err(CudaError::Shape("scratch memory that was made for smaller groups".to_owned()));
     }
-    x.check("x", step.row_bound, group.in_features())
+    check_matrix(x, "x", step.row_bound, group.in_features())
 }
 
 fn gemm_params(
@@ -414,7 +405,7 @@ fn gemm_params(
         Epilogue::SwiGlu => widths[0],
         Epilogue::Store | Epilogue::AddResidual(_) => widths.iter().sum(),
     };
-    y.check("y", step.row_bound, width)?;
+    check_matrix(y, "y", step.row_bound, width)?;
     let mut to = GemmParams {
         x: x.data.address(),
         y: y.data.address(),
@@ -440,7 +431,7 @@ fn gemm_params(
     to.epilogue = match epilogue {
         Epilogue::Store => params::Epilogue::Store,
         Epilogue::AddResidual(residual) => {
-            Matrix { data: residual, stride: y.stride }.check("the residual", step.row_bound, width)?;
+            check_matrix(Matrix { data: residual, stride: y.stride }, "the residual", step.row_bound, width)?;
             to.residual = residual.address();
             params::Epilogue::AddResidual
         }

@@ -24,7 +24,8 @@ mod work_list;
 
 pub use chunks::{ChunkArena, LowRank};
 pub use group::{ChunkLists, Site, SiteGroup, k_slices, shrink_slices};
-pub use kernels::{Epilogue, LoraKernels, Matrix, ProductKernel, Scratch, ShrinkKernel, Step};
+pub use kernels::{Epilogue, LoraKernels, ProductKernel, Scratch, ShrinkKernel, Step};
 pub use work_list::WorkList;
 
+pub use super::Matrix;
 pub use super::params::RankChunk;
