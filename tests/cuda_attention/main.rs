@@ -7,6 +7,8 @@
 mod cuda_device;
 mod graph;
 mod harness;
+#[path = "../common/random.rs"]
+mod random;
 mod refusals;
 
 use cuda_device::under_thread_orders;

@@ -7,6 +7,8 @@
 mod cuda_device;
 mod embed;
 mod harness;
+#[path = "../common/random.rs"]
+mod random;
 mod rope;
 mod rows;
 mod steps;

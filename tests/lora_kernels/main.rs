@@ -8,6 +8,8 @@ mod cuda_device;
 mod graph;
 mod harness;
 mod lists;
+#[path = "../common/random.rs"]
+mod random;
 mod reference;
 mod refusals;
 
