@@ -29,7 +29,7 @@ fn linear(criterion: &mut Criterion) {
         let mut x = cpu.buffer(rows, k).expect("room");
         let mut y = cpu.buffer(rows, n).expect("room");
         let values: Vec<f32> = (0..rows * k).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
-        cpu.write(&mut x, &values);
+        x.write(&values);
         for adapters in [0usize, 1, 8] {
             let mut gates = Gates::default();
             for adapter in 0..adapters.clamp(1, rows) {

@@ -8,11 +8,11 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::Case;
+use common::forward::{LONGEST, logits};
 use common::traffic::{self, Room, Traffic};
 use loramux::adapter::peft::{Limits, WriteOptions, read_adapter, write_adapter};
 use loramux::adapter::{Adapter, SiteAdapter};
 use loramux::backend::cpu::Cpu;
-use loramux::backend::{Backend, PAGE, Rows};
 use loramux::engine::request::Request;
 use loramux::model::{Base, Transformer};
 use loramux::tensor::Tensor;
@@ -21,7 +21,6 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 const TOLERANCE: f32 = 1e-4;
 const LIMITS: Limits = Limits { max_rank: 256 };
-const LONGEST: usize = 32;
 
 /// Adapters with plain low-rank pairs only, which a sum of products can express.
 const PLAIN: [&str; 7] = ["all-r8", "head", "last-layer", "odd-r3-mlp", "pattern", "rslora-r16", "small-qv"];
@@ -40,30 +39,21 @@ impl Model {
     fn open(family: &str) -> Self {
         let case = Case::open(family);
         let base = Base::open(&case.model()).unwrap();
-        let backend = Cpu::new(Some(2)).unwrap();
-        let mut transformer = Transformer::new(&backend, &base.config, &base.checkpoint, LONGEST).unwrap();
+        let mut backend = Cpu::new(Some(2)).unwrap();
+        let mut transformer =
+            Transformer::new(&mut backend, &base.config, &base.checkpoint, LONGEST).unwrap();
         let sites = &base.checkpoint.sites().table;
         let read = |name| read_adapter(&case.adapter_folder(name), sites, &base.checkpoint, LIMITS).unwrap();
         let adapters: Vec<Adapter> = PLAIN.into_iter().map(read).collect();
         for (slot, adapter) in adapters.iter().enumerate() {
-            transformer.load_adapter(&backend, slot, adapter, &base.checkpoint).unwrap();
+            transformer.load_adapter(&mut backend, slot, adapter, &base.checkpoint).unwrap();
         }
         Self { base, backend, transformer, adapters }
     }
 
     /// Logits `[tokens, vocabulary]` of a prompt whose rows all have these gates.
     fn logits(&mut self, prompt: &[u32], entries: &[(u32, f32)]) -> Vec<f32> {
-        let pages: Vec<u32> = (0..LONGEST.div_ceil(PAGE) as u32).collect();
-        let mut rows = Rows::default();
-        rows.push_sequence(prompt, 0, 0, &pages, entries);
-        let Self { backend, transformer, .. } = self;
-        let mut cache = transformer.kv_cache(backend, pages.len()).unwrap();
-        let mut activations = transformer.activations(backend, prompt.len(), prompt.len()).unwrap();
-        let picked: Vec<u32> = (0..prompt.len() as u32).collect();
-        backend.scope(|backend| {
-            transformer.forward(backend, &rows, &mut cache, &mut activations);
-            transformer.logits(backend, &rows, &picked, &mut activations).to_vec()
-        })
+        logits(&mut self.backend, &self.transformer, &[(entries, prompt)]).remove(0)
     }
 
     /// Puts the concatenation of weighted adapters into its slot, through a PEFT folder.
@@ -81,8 +71,8 @@ impl Model {
         let folder = tempfile::tempdir().unwrap();
         write_adapter(&folder.path().join("sum"), &sum, table, WriteOptions::default()).unwrap();
         let sum = read_adapter(&folder.path().join("sum"), table, weights, LIMITS).unwrap();
-        self.transformer.unload_adapter(&self.backend, SUM);
-        self.transformer.load_adapter(&self.backend, SUM, &sum, weights).unwrap();
+        self.transformer.unload_adapter(&mut self.backend, SUM);
+        self.transformer.load_adapter(&mut self.backend, SUM, &sum, weights).unwrap();
     }
 }
 

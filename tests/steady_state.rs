@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use common::Case;
 use loramux::adapter::peft::{Limits, read_adapter};
 use loramux::backend::cpu::Cpu;
-use loramux::backend::{Backend, PAGE, Rows};
-use loramux::model::{Activations, Base, Transformer};
+use loramux::backend::{Backend, BackendError, PAGE, Rows};
+use loramux::model::{Base, Transformer, Workspace, WorkspaceSize};
 
 /// The system's allocator, with a count that can be switched on.
 struct Counting;
@@ -74,8 +74,7 @@ const WARM_UP: usize = 5;
 /// A model that decodes one token of every sequence per step, in lists that are filled anew for each.
 struct Decoder {
     transformer: Transformer<Cpu>,
-    cache: <Cpu as Backend>::KvCache,
-    activations: Activations<Cpu>,
+    workspace: Workspace<Cpu>,
     rows: Rows,
     picked: Vec<u32>,
     /// Gates of each sequence.
@@ -86,7 +85,7 @@ struct Decoder {
 
 impl Decoder {
     /// Sequences through the base, through each adapter, and through mixtures of all.
-    fn new(backend: &Cpu, model: &Path, adapters: &[PathBuf]) -> Self {
+    fn new(backend: &mut Cpu, model: &Path, adapters: &[PathBuf]) -> Self {
         let base = Base::open(model).unwrap();
         let mut transformer = Transformer::new(backend, &base.config, &base.checkpoint, LENGTH).unwrap();
         for (slot, folder) in adapters.iter().enumerate() {
@@ -101,9 +100,10 @@ impl Decoder {
         let count = mixtures.len();
         let pages_each = LENGTH.div_ceil(PAGE);
         let pages = (0..count * pages_each).map(|page| page as u32).collect::<Vec<_>>();
+        let size = WorkspaceSize { rows: count, sequences: count, logit_rows: count };
+        let room = |_| Ok::<_, BackendError>(pages.len());
         Self {
-            cache: transformer.kv_cache(backend, pages.len()).unwrap(),
-            activations: transformer.activations(backend, count, count).unwrap(),
+            workspace: transformer.workspace(backend, size, room).unwrap(),
             transformer,
             rows: Rows::default(),
             picked: (0..count as u32).collect(),
@@ -120,8 +120,9 @@ impl Decoder {
             let pages = &self.pages[index][..position / PAGE + 1];
             self.rows.push_sequence(&self.tokens[index..=index], position, 0, pages, entries);
         }
-        self.transformer.forward(backend, &self.rows, &mut self.cache, &mut self.activations);
-        let logits = self.transformer.logits(backend, &self.rows, &self.picked, &mut self.activations);
+        self.transformer.forward(backend, &self.rows, &mut self.workspace).unwrap();
+        self.transformer.logits(backend, &self.rows, &self.picked, &mut self.workspace).unwrap();
+        let logits = backend.read(self.workspace.logits(), self.picked.len()).unwrap();
         let vocabulary = self.transformer.config().vocab_size;
         for (token, logits) in self.tokens.iter_mut().zip(logits.chunks_exact(vocabulary)) {
             let (best, _) = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
@@ -161,7 +162,7 @@ fn promise_7_steady_state_decoding_allocates_nothing() {
     for threads in [1, 2] {
         for (model, adapters) in [(case.model(), &golden), (examples.join("base"), &trained)] {
             let mut backend = Cpu::new(Some(threads)).unwrap();
-            let mut decoder = Decoder::new(&backend, &model, adapters);
+            let mut decoder = Decoder::new(&mut backend, &model, adapters);
             // What a step allocates every time is there in every decoding.
             let mut counts = Vec::new();
             while counts.len() < WARM_UP && counts.last() != Some(&0) {

@@ -47,6 +47,15 @@ impl AdapterStore {
         }
     }
 
+    /// How many adapters there are, removed ones that are still in use among them.
+    pub fn len(&self) -> usize {
+        self.slots.iter().flatten().count()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Slot of a named adapter.
     pub fn find(&self, name: &str) -> Option<usize> {
         let named = |resident: &Resident| resident.name.as_deref() == Some(name);

@@ -30,6 +30,19 @@ pub enum BackendError {
     OutOfMemory { wanted: usize, purpose: &'static str },
     #[error("could not start the worker threads: {0}")]
     Threads(String),
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] cuda::CudaError),
+}
+
+impl BackendError {
+    /// Ends the process where nothing can succeed in it any more; see [`cuda::CudaError::end_process_if_lost`].
+    pub fn end_process_if_lost(&self) {
+        #[cfg(feature = "cuda")]
+        if let Self::Cuda(error) = self {
+            error.end_process_if_lost();
+        }
+    }
 }
 
 /// The low-rank change of one expert at one site, as handed to a backend.
@@ -103,8 +116,35 @@ pub struct HeadNorms<'a, B: Backend> {
     pub epsilon: f32,
 }
 
+/// What the steps of one model may contain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Most rows of a step.
+    pub rows: usize,
+    /// Most sequences of a step.
+    pub sequences: usize,
+    /// Most rows that give logits at a time.
+    pub picked: usize,
+    /// Token ids are below this.
+    pub vocabulary: usize,
+    /// Positions are below this.
+    pub positions: usize,
+    /// Rotary variants are below this.
+    pub rotary_variants: usize,
+    /// Pages of the KV cache.
+    pub cache_pages: usize,
+    pub attention: AttentionShape,
+}
+
 /// The operations. Activations are `[rows, width]` in buffers made once for the largest step.
+///
+/// A step begins with [`begin_step`](Self::begin_step); the operations up to the next one are about its rows, those
+/// after [`pick_rows`](Self::pick_rows) about the picked ones. Operations may return before they are done: what is read
+/// on the host is waited for.
 pub trait Backend: Sized + Send + 'static {
+    /// Bytes of a key's or value's element in the cache.
+    const CACHE_ELEMENT_BYTES: usize;
+
     /// A frozen matrix as stored. Clones share it.
     type Weight: Clone + Send + Sync;
     /// A vector of f32: a bias or a norm's weight.
@@ -119,6 +159,8 @@ pub trait Backend: Sized + Send + 'static {
     type Rotary: Send + Sync;
     /// Keys and values of all blocks, in pages of [`PAGE`] tokens.
     type KvCache: Send;
+    /// Operations as [`record`](Self::record) keeps them.
+    type Recorded: Default + Send;
 
     /// Runs `work` where this backend's threads are: operations inside start without waking anybody.
     fn scope<R: Send>(&mut self, work: impl FnOnce(&mut Self) -> R + Send) -> R {
@@ -128,31 +170,16 @@ pub trait Backend: Sized + Send + 'static {
     /// A frozen `[out, in]` matrix. On the CPU this shares the tensor's bytes.
     fn weight(&self, tensor: &Tensor) -> Result<Self::Weight, BackendError>;
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector, BackendError>;
+    /// A buffer of 16-bit or 32-bit floats, as the backend computes; zeros at first.
     fn buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer, BackendError>;
-    /// Fills the first elements of a buffer.
-    fn write(&self, buffer: &mut Self::Buffer, values: &[f32]);
+    /// A buffer of f32, for logits.
+    fn logits_buffer(&self, rows: usize, width: usize) -> Result<Self::Buffer, BackendError> {
+        self.buffer(rows, width)
+    }
     /// A group of frozen layers, without experts.
-    fn group(&self, sites: Vec<FrozenLinear<Self>>) -> Result<Self::Group, BackendError>;
+    fn group(&mut self, sites: Vec<FrozenLinear<Self>>) -> Result<Self::Group, BackendError>;
     /// A frozen table, without experts.
-    fn table(&self, weight: Self::Weight) -> Result<Self::Table, BackendError>;
-    /// Makes `change` the content of `slot` at one site of the group.
-    fn load_expert(
-        &self,
-        group: &mut Self::Group,
-        site: usize,
-        slot: usize,
-        change: &SiteChange,
-    ) -> Result<(), BackendError>;
-    /// Makes `change` the content of `slot`; its A is `[rank, vocabulary]`.
-    fn load_table_expert(
-        &self,
-        table: &mut Self::Table,
-        slot: usize,
-        change: &SiteChange,
-    ) -> Result<(), BackendError>;
-    /// Empties `slot` at every site of the group.
-    fn unload_expert(&self, group: &mut Self::Group, slot: usize);
-    fn unload_table_expert(&self, table: &mut Self::Table, slot: usize);
+    fn table(&mut self, weight: Self::Weight) -> Result<Self::Table, BackendError>;
     fn rotary(&self, tables: RotaryTables) -> Result<Self::Rotary, BackendError>;
     fn kv_cache(
         &self,
@@ -160,9 +187,59 @@ pub trait Backend: Sized + Send + 'static {
         pages: usize,
         shape: AttentionShape,
     ) -> Result<Self::KvCache, BackendError>;
+    /// Bytes that the cache of such steps may take; `None` where that is for the caller to say.
+    fn cache_room(&self, _limits: &StepLimits) -> Result<Option<usize>, BackendError> {
+        Ok(None)
+    }
+    /// Makes room for the row lists of steps within `limits`: for those of the last caller.
+    fn reserve(&mut self, _limits: &StepLimits) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    /// Makes `change` the content of `slot` at one site of the group.
+    fn load_expert(
+        &mut self,
+        group: &mut Self::Group,
+        site: usize,
+        slot: usize,
+        change: &SiteChange,
+    ) -> Result<(), BackendError>;
+    /// Makes `change` the content of `slot`; its A is `[rank, vocabulary]`.
+    fn load_table_expert(
+        &mut self,
+        table: &mut Self::Table,
+        slot: usize,
+        change: &SiteChange,
+    ) -> Result<(), BackendError>;
+    /// Empties `slot` everywhere.
+    fn unload_expert(&mut self, groups: &mut [Self::Group], table: &mut Self::Table, slot: usize);
+    /// Has the experts in `wanted` brought to where steps can use them, beside those in `kept`, and says whether they
+    /// are there. Never waits: who gets `false` asks again before a later step.
+    ///
+    /// # Errors
+    /// When `kept` is empty and yet there is not room for all of `wanted`.
+    fn bring_experts(&mut self, _wanted: &[u32], _kept: &[u32]) -> Result<bool, BackendError> {
+        Ok(true)
+    }
+
+    /// Takes the rows of the next step. All experts that they use have been brought.
+    fn begin_step(&mut self, _rows: &Rows) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    /// Runs `work`, or what was recorded of it at an earlier step of the same shape.
+    ///
+    /// Between two calls with the same `recorded`, `work` may differ in the step's rows and experts alone.
+    fn record(
+        &mut self,
+        _recorded: &mut Self::Recorded,
+        work: impl FnOnce(&mut Self) -> Result<(), BackendError>,
+    ) -> Result<(), BackendError> {
+        work(self)
+    }
 
     /// `y[row] = table[token[row]]` plus the low-rank part of the row's experts.
-    fn embed(&mut self, table: &Self::Table, rows: &Rows, y: &mut Self::Buffer);
+    fn embed(&mut self, table: &Self::Table, rows: &Rows, y: &mut Self::Buffer) -> Result<(), BackendError>;
 
     /// `y = x / √(mean(x²) + ε) ⊙ weight` for the first `rows` rows (Zhang & Sennrich 2019).
     fn rms_norm(
@@ -172,7 +249,7 @@ pub trait Backend: Sized + Send + 'static {
         weight: &Self::Vector,
         epsilon: f32,
         y: &mut Self::Buffer,
-    );
+    ) -> Result<(), BackendError>;
 
     /// All sites of a group on one input: `y = [W₀ x | W₁ x | …]` with bias and experts, rows by `gates`.
     fn linear(
@@ -182,7 +259,16 @@ pub trait Backend: Sized + Send + 'static {
         gates: &Gates,
         write: Write,
         y: &mut Self::Buffer,
-    );
+    ) -> Result<(), BackendError>;
+
+    /// `y = silu(gate) ⊙ up` for a group of those two sites (Shazeer 2020).
+    fn linear_swiglu(
+        &mut self,
+        group: &Self::Group,
+        x: &Self::Buffer,
+        gates: &Gates,
+        y: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
 
     /// Normalises (where `norms` are given) and rotates q and k in place, then stores k and v in the rows' pages.
     #[expect(clippy::too_many_arguments, reason = "one launch, and each argument is its own thing")]
@@ -195,7 +281,7 @@ pub trait Backend: Sized + Send + 'static {
         rows: &Rows,
         cache: &mut Self::KvCache,
         block: usize,
-    );
+    ) -> Result<(), BackendError>;
 
     /// Causal attention of every row over its own sequence: `y[row] = softmax(q Kᵀ / √head_dim) V`, with a sliding
     /// window over the keys `j > i − window` where given.
@@ -207,14 +293,17 @@ pub trait Backend: Sized + Send + 'static {
         cache: &Self::KvCache,
         block: usize,
         y: &mut Self::Buffer,
-    );
+    ) -> Result<(), BackendError>;
 
-    /// `y = silu(gate) ⊙ up` for rows of `gate | up` (Shazeer 2020).
-    fn swiglu(&mut self, gate_up: &Self::Buffer, rows: usize, y: &mut Self::Buffer);
+    /// `y[i] = x[picked[i]]`: the rows, ascending, that the operations after this are about. `gates` are theirs.
+    fn pick_rows(
+        &mut self,
+        x: &Self::Buffer,
+        picked: &[u32],
+        gates: &Gates,
+        y: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
 
-    /// `y[i] = x[picked[i]]`.
-    fn pick_rows(&mut self, x: &Self::Buffer, picked: &[u32], y: &mut Self::Buffer);
-
-    /// The first `rows` rows on the host.
-    fn read<'a>(&'a self, x: &'a Self::Buffer, rows: usize) -> &'a [f32];
+    /// The first `rows` rows of a buffer of logits, on the host.
+    fn read<'a>(&'a mut self, x: &'a Self::Buffer, rows: usize) -> Result<&'a [f32], BackendError>;
 }

@@ -61,5 +61,5 @@ fn describe(ordinal: usize) -> Result<String, crate::backend::cuda::CudaError> {
 
 #[cfg(not(feature = "cuda"))]
 fn cuda() -> Result<(), Failure> {
-    line("cuda", super::serving::WITHOUT_CUDA)
+    line("cuda", &crate::engine::EngineError::WithoutCuda.to_string())
 }

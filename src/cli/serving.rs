@@ -7,55 +7,66 @@ use std::sync::Arc;
 
 use super::{Failure, Verbosity};
 use crate::adapter::peft::validate_adapter_name;
-use crate::engine::{Engine, EngineOptions};
+#[cfg(not(feature = "cuda"))]
+use crate::engine::EngineError;
+use crate::engine::{Device, Engine, EngineOptions};
 use crate::model::Base;
 
-/// Where a model runs.
+/// Where a model is to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Device {
+pub(crate) enum DeviceArg {
     Auto,
     Cpu,
     /// By the driver's number.
     Cuda(usize),
 }
 
-impl FromStr for Device {
+impl FromStr for DeviceArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         let number =
             |text: &str| text.parse().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()));
         match (text, text.strip_prefix("cuda:").and_then(number)) {
-            ("auto", _) => Ok(Device::Auto),
-            ("cpu", _) => Ok(Device::Cpu),
-            ("cuda", _) => Ok(Device::Cuda(0)),
-            (_, Some(ordinal)) => Ok(Device::Cuda(ordinal)),
+            ("auto", _) => Ok(DeviceArg::Auto),
+            ("cpu", _) => Ok(DeviceArg::Cpu),
+            ("cuda", _) => Ok(DeviceArg::Cuda(0)),
+            (_, Some(ordinal)) => Ok(DeviceArg::Cuda(ordinal)),
             _ => Err("wanted auto, cpu, cuda or cuda:N".to_owned()),
         }
     }
 }
 
-/// What a build without the feature `cuda` says of CUDA devices.
-#[cfg(not(feature = "cuda"))]
-pub(crate) const WITHOUT_CUDA: &str = "this build is without CUDA: build again with the feature `cuda`";
-
-/// Why a model cannot run on this CUDA device: the first of what is missing.
-#[cfg(feature = "cuda")]
-fn why_not_cuda(ordinal: usize) -> String {
-    match crate::backend::cuda::Device::open(ordinal) {
-        Ok(_) => {
-            "this build has CUDA kernels for LoRA layers only; the rest of a model runs on the CPU".to_owned()
-        }
-        Err(error) => {
-            error.end_process_if_lost();
-            error.to_string()
+impl DeviceArg {
+    /// The device to run on. `auto` is the first GPU that this build has kernels for, else the CPU.
+    ///
+    /// # Errors
+    /// When the one that is asked for cannot run a model: the first of what is missing.
+    fn choose(self) -> Result<Device, Failure> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Auto => Ok(if why_not_cuda(0).is_none() { Device::Cuda(0) } else { Device::Cpu }),
+            Self::Cuda(ordinal) => match why_not_cuda(ordinal) {
+                None => Ok(Device::Cuda(ordinal)),
+                Some(reason) => {
+                    Err(Failure::usage(format!("--device cuda:{ordinal}: {reason}; use `cpu` or `auto`")))
+                }
+            },
         }
     }
 }
 
+/// Why a model cannot run on this CUDA device: the first of what is missing.
+#[cfg(feature = "cuda")]
+fn why_not_cuda(ordinal: usize) -> Option<String> {
+    let error = crate::backend::cuda::Device::open(ordinal).err()?;
+    error.end_process_if_lost();
+    Some(error.to_string())
+}
+
 #[cfg(not(feature = "cuda"))]
-fn why_not_cuda(_ordinal: usize) -> String {
-    WITHOUT_CUDA.to_owned()
+fn why_not_cuda(_ordinal: usize) -> Option<String> {
+    Some(EngineError::WithoutCuda.to_string())
 }
 
 /// An adapter to serve.
@@ -95,7 +106,7 @@ impl FromStr for LoraModules {
 pub(crate) struct EngineArgs {
     /// Where to run: auto, cpu, cuda or cuda:N
     #[arg(long, env = "LORAMUX_DEVICE", default_value = "auto", value_name = "DEVICE")]
-    device: Device,
+    device: DeviceArg,
     /// Threads of the CPU backend [default: all cores]
     #[arg(long, env = "LORAMUX_THREADS", value_name = "N")]
     threads: Option<usize>,
@@ -108,15 +119,21 @@ pub(crate) struct EngineArgs {
     /// Most tokens of a prompt and its continuation [default: the model's context]
     #[arg(long, env = "LORAMUX_MAX_MODEL_LEN", value_name = "N")]
     max_model_len: Option<usize>,
-    /// Most distinct adapters in one step [default: no bound]
+    /// Most distinct adapters in one step, and in GPU memory [default: no bound; on a GPU 64]
     #[arg(long, env = "LORAMUX_MAX_LORAS", value_name = "N")]
     max_loras: Option<usize>,
+    /// Most adapters that are loaded; those beyond --max-loras wait in host memory [default: no bound]
+    #[arg(long, env = "LORAMUX_MAX_CPU_LORAS", value_name = "N")]
+    max_cpu_loras: Option<usize>,
     /// Largest rank of an adapter
     #[arg(long, env = "LORAMUX_MAX_LORA_RANK", default_value_t = EngineOptions::default().max_lora_rank, value_name = "N")]
     max_lora_rank: usize,
-    /// Memory for the KV cache, in bytes
-    #[arg(long, env = "LORAMUX_KV_CACHE_MEMORY_BYTES", default_value_t = EngineOptions::default().kv_cache_bytes, value_name = "BYTES")]
-    kv_cache_memory_bytes: usize,
+    /// Share of a GPU's memory to use, 0 to 1
+    #[arg(long, env = "LORAMUX_GPU_MEMORY_UTILIZATION", default_value_t = EngineOptions::default().gpu_memory_utilization, value_name = "SHARE")]
+    gpu_memory_utilization: f32,
+    /// Memory for the KV cache, in bytes [default: 4 GiB; on a GPU what is left of its share]
+    #[arg(long, env = "LORAMUX_KV_CACHE_MEMORY_BYTES", value_name = "BYTES")]
+    kv_cache_memory_bytes: Option<usize>,
     /// Seed of requests that bring none
     #[arg(long, env = "LORAMUX_SEED", default_value_t = 0, value_name = "N")]
     seed: u64,
@@ -128,17 +145,15 @@ impl EngineArgs {
     /// # Errors
     /// When the model cannot run where it is asked to.
     pub fn options(&self) -> Result<EngineOptions, Failure> {
-        // `auto` is the CPU as long as no other backend runs a whole model.
-        if let Device::Cuda(ordinal) = self.device {
-            let reason = why_not_cuda(ordinal);
-            return Err(Failure::usage(format!("--device cuda:{ordinal}: {reason}; use `cpu` or `auto`")));
-        }
         Ok(EngineOptions {
+            device: self.device.choose()?,
             threads: self.threads,
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_model_len: self.max_model_len,
             max_loras: self.max_loras,
+            max_cpu_loras: self.max_cpu_loras,
+            gpu_memory_utilization: self.gpu_memory_utilization,
             max_lora_rank: self.max_lora_rank,
             kv_cache_bytes: self.kv_cache_memory_bytes,
             seed: self.seed,
@@ -231,17 +246,17 @@ mod tests {
     #[test]
     fn a_device_is_named_by_its_kind_and_number() {
         for (text, device) in [
-            ("auto", Device::Auto),
-            ("cpu", Device::Cpu),
-            ("cuda", Device::Cuda(0)),
-            ("cuda:0", Device::Cuda(0)),
-            ("cuda:12", Device::Cuda(12)),
+            ("auto", DeviceArg::Auto),
+            ("cpu", DeviceArg::Cpu),
+            ("cuda", DeviceArg::Cuda(0)),
+            ("cuda:0", DeviceArg::Cuda(0)),
+            ("cuda:12", DeviceArg::Cuda(12)),
         ] {
             assert_eq!(text.parse(), Ok(device));
         }
         for bad in ["", "cuda:", "cuda:+1", "cuda:-1", "cuda:1 ", "cuda1", "CPU", "cuda:99999999999999999999"]
         {
-            assert!(bad.parse::<Device>().unwrap_err().contains("cuda:N"), "{bad:?}");
+            assert!(bad.parse::<DeviceArg>().unwrap_err().contains("cuda:N"), "{bad:?}");
         }
     }
 

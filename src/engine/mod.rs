@@ -23,13 +23,15 @@ use std::thread::JoinHandle;
 use crate::adapter::peft::{AdapterError, Limits, read_adapter, validate_adapter_name};
 use crate::adapter::{Adapter, StoreError};
 use crate::backend::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, BackendError};
 use crate::mixture::MixtureError;
 use crate::model::{Base, BaseError, ModelError};
 use request::{Event, Request};
 use worker::Worker;
 
-pub use options::EngineOptions;
+pub use options::{Device, EngineOptions};
 pub use stream::Stream;
 
 /// What the engine can fail with.
@@ -51,6 +53,8 @@ pub enum EngineError {
     Option { option: &'static str, found: String, wanted: String },
     #[error("`{field}` is {found}; wanted {wanted}")]
     Request { field: &'static str, found: String, wanted: String },
+    #[error("this build is without CUDA: build again with the feature `cuda`")]
+    WithoutCuda,
     #[error("the request failed: {0}")]
     Failed(String),
     #[error("the engine has stopped")]
@@ -149,7 +153,31 @@ impl Engine {
     /// When an option is out of range or the backend has no room.
     pub fn start(base: Arc<Base>, options: EngineOptions) -> Result<Self, EngineError> {
         options.check(&base.config)?;
-        let max_model_len = options.max_model_len(&base.config);
+        match options.device {
+            Device::Cpu => {
+                let threads = options.threads;
+                Self::start_on(base, options, move || Cpu::new(threads))
+            }
+            #[cfg(feature = "cuda")]
+            Device::Cuda(ordinal) => {
+                let memory = options.cuda_memory();
+                Self::start_on(base, options, move || Cuda::open(ordinal, memory))
+            }
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(_) => Err(EngineError::WithoutCuda),
+        }
+    }
+
+    /// Starts an engine on a backend of its own making, which its thread owns.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start), and those of `open`.
+    pub fn start_on<B: Backend>(
+        base: Arc<Base>,
+        options: EngineOptions,
+        open: impl FnOnce() -> Result<B, BackendError> + Send + 'static,
+    ) -> Result<Self, EngineError> {
+        options.check(&base.config)?;
         let stats = Arc::new(Stats::default());
         let (commands, inbox) = channel();
         let (ready, started) = channel();
@@ -158,22 +186,21 @@ impl Engine {
             .spawn({
                 let (base, options, stats) = (Arc::clone(&base), options.clone(), Arc::clone(&stats));
                 move || {
-                    let backend = Cpu::new(options.threads).map_err(EngineError::from);
-                    let built = backend.and_then(|backend| {
-                        let worker = Worker::new(&backend, &base, &options, stats)?;
+                    let built = open().map_err(EngineError::from).and_then(|mut backend| {
+                        let worker = Worker::new(&mut backend, &base, &options, stats)?;
                         Ok((backend, worker))
                     });
                     let (mut backend, mut worker) = match built {
                         Ok(built) => built,
                         Err(error) => return drop(ready.send(Err(error))),
                     };
-                    if ready.send(Ok(())).is_ok() {
+                    if ready.send(Ok(worker.max_model_len())).is_ok() {
                         backend.scope(move |backend| run(&mut worker, backend, &inbox));
                     }
                 }
             })
             .map_err(|error| BackendError::Threads(error.to_string()))?;
-        started.recv().map_err(|_| EngineError::Stopped)??;
+        let max_model_len = started.recv().map_err(|_| EngineError::Stopped)??;
         Ok(Self {
             base,
             options,

@@ -2,12 +2,32 @@
 
 use super::EngineError;
 use super::request::Request;
+#[cfg(feature = "cuda")]
+use crate::backend::CHUNK;
 use crate::backend::PAGE;
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::MemoryOptions;
 use crate::model::ModelConfig;
+
+/// Adapters on a GPU where nothing is said.
+#[cfg(feature = "cuda")]
+const ADAPTERS_ON_GPU: usize = 64;
+
+/// Memory of a KV cache on the CPU where nothing is said.
+const CPU_CACHE_BYTES: usize = 4 << 30;
+
+/// Where an engine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    /// By the driver's number.
+    Cuda(usize),
+}
 
 /// Bounds and sizes of an engine. Names follow vLLM's flags.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineOptions {
+    pub device: Device,
     /// Threads of the CPU backend; `None` takes all cores.
     pub threads: Option<usize>,
     /// Most sequences in one step.
@@ -17,12 +37,17 @@ pub struct EngineOptions {
     /// Most tokens of a prompt and its continuation; `None` takes the model's own context length, cut to what the cache
     /// can hold.
     pub max_model_len: Option<usize>,
-    /// Most distinct adapters in one step; `None` sets no bound.
+    /// Most distinct adapters in one step, and so in a GPU's memory; `None` sets no bound on the CPU, and 64 on a GPU.
     pub max_loras: Option<usize>,
+    /// Most adapters that are loaded, on whatever side; `None` sets no bound.
+    pub max_cpu_loras: Option<usize>,
+    /// Share of a GPU's memory that the engine may take, 0 to 1.
+    pub gpu_memory_utilization: f32,
     /// Largest rank of an adapter at any site.
     pub max_lora_rank: usize,
-    /// Memory for the KV cache, in bytes. Pages take memory when they are first used.
-    pub kv_cache_bytes: usize,
+    /// Memory for the KV cache, in bytes. On the CPU pages take memory when they are first used, and `None` means 4 GiB;
+    /// on a GPU `None` means what is left of its share.
+    pub kv_cache_bytes: Option<usize>,
     /// Seed of requests that bring none.
     pub seed: u64,
 }
@@ -30,13 +55,16 @@ pub struct EngineOptions {
 impl Default for EngineOptions {
     fn default() -> Self {
         Self {
+            device: Device::Cpu,
             threads: None,
             max_num_seqs: 256,
             max_num_batched_tokens: 512,
             max_model_len: None,
             max_loras: None,
+            max_cpu_loras: None,
+            gpu_memory_utilization: 0.9,
             max_lora_rank: 512,
-            kv_cache_bytes: 4 << 30,
+            kv_cache_bytes: None,
             seed: 0,
         }
     }
@@ -53,49 +81,84 @@ impl EngineOptions {
         positive("max-num-seqs", self.max_num_seqs)?;
         positive("max-num-batched-tokens", self.max_num_batched_tokens)?;
         positive("max-loras", self.max_loras.unwrap_or(1))?;
+        positive("max-cpu-loras", self.max_cpu_loras.unwrap_or(1))?;
         positive("max-lora-rank", self.max_lora_rank)?;
         positive("threads", self.threads.unwrap_or(1))?;
-        let page = page_bytes(config);
-        if self.kv_cache_bytes < page {
+        positive("max-model-len", self.max_model_len.unwrap_or(1))?;
+        let share = self.gpu_memory_utilization;
+        if !(share > 0.0 && share <= 1.0) {
+            return Err(EngineError::Option {
+                option: "gpu-memory-utilization",
+                found: share.to_string(),
+                wanted: "more than 0, at most 1".to_owned(),
+            });
+        }
+        let context = config.max_position_embeddings;
+        match self.max_model_len {
+            Some(wanted) if wanted > context => Err(EngineError::Option {
+                option: "max-model-len",
+                found: wanted.to_string(),
+                wanted: format!("at most {context}, the model's context"),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// What a GPU's memory is divided by: room for `max_loras` adapters of the largest rank where that is given, else for
+    /// 64 of rank 16, or fewer of larger ranks.
+    #[cfg(feature = "cuda")]
+    pub(super) fn cuda_memory(&self) -> MemoryOptions {
+        let of_adapter = self.max_lora_rank.div_ceil(CHUNK);
+        let (seats, chunks) = match self.max_loras {
+            Some(seats) => (seats, seats * of_adapter),
+            None => (ADAPTERS_ON_GPU, ADAPTERS_ON_GPU.max(of_adapter)),
+        };
+        MemoryOptions {
+            utilization: self.gpu_memory_utilization,
+            seats,
+            max_rank: self.max_lora_rank,
+            chunks,
+        }
+    }
+
+    /// Pages of a KV cache with elements of `element_bytes`: as many as the memory holds, `room` bytes where the backend
+    /// says so, but no more than all sequences can fill.
+    ///
+    /// # Errors
+    /// When that is not even a page, or less than a sequence of the wanted length takes.
+    pub(super) fn cache_pages(
+        &self,
+        config: &ModelConfig,
+        element_bytes: usize,
+        room: Option<usize>,
+    ) -> Result<usize, EngineError> {
+        let bytes = self.kv_cache_bytes.or(room).unwrap_or(CPU_CACHE_BYTES);
+        let page = config.num_layers * 2 * config.num_kv_heads * config.head_dim * PAGE * element_bytes;
+        let pages = bytes / page;
+        if pages == 0 {
             return Err(EngineError::Option {
                 option: "kv-cache-memory-bytes",
-                found: self.kv_cache_bytes.to_string(),
+                found: bytes.to_string(),
                 wanted: format!("at least {page}, one page of {PAGE} tokens"),
             });
         }
-        if let Some(wanted) = self.max_model_len {
-            positive("max-model-len", wanted)?;
-            let most = config.max_position_embeddings.min(self.kv_cache_bytes / page * PAGE);
-            if wanted > most {
-                let (context, cached) = (config.max_position_embeddings, self.kv_cache_bytes / page * PAGE);
-                return Err(EngineError::Option {
-                    option: "max-model-len",
-                    found: wanted.to_string(),
-                    wanted: format!(
-                        "at most {most}: the model's context is {context}, the cache holds {cached} tokens"
-                    ),
-                });
-            }
+        if let Some(wanted) = self.max_model_len
+            && wanted > pages * PAGE
+        {
+            return Err(EngineError::Option {
+                option: "max-model-len",
+                found: wanted.to_string(),
+                wanted: format!("at most {}, the tokens that a cache of {bytes} bytes holds", pages * PAGE),
+            });
         }
-        Ok(())
+        let useful = self.max_num_seqs.saturating_mul(self.most_positions(config).div_ceil(PAGE));
+        Ok(pages.min(useful))
     }
 
-    /// Most tokens of a prompt and its continuation.
-    pub fn max_model_len(&self, config: &ModelConfig) -> usize {
-        let cached = self.kv_cache_bytes / page_bytes(config) * PAGE;
-        self.max_model_len.unwrap_or(config.max_position_embeddings.min(cached))
+    /// Most tokens of a prompt and its continuation, before the cache is made.
+    pub(super) fn most_positions(&self, config: &ModelConfig) -> usize {
+        self.max_model_len.unwrap_or(config.max_position_embeddings)
     }
-
-    /// Pages of the KV cache: as many as the memory holds, but no more than all sequences can fill.
-    pub fn pages(&self, config: &ModelConfig) -> usize {
-        let useful = self.max_num_seqs.saturating_mul(self.max_model_len(config).div_ceil(PAGE));
-        (self.kv_cache_bytes / page_bytes(config)).min(useful)
-    }
-}
-
-/// Bytes of one page over all blocks: keys and values in f32.
-fn page_bytes(config: &ModelConfig) -> usize {
-    config.num_layers * 2 * config.num_kv_heads * config.head_dim * PAGE * 4
 }
 
 /// Refuses a request that the engine cannot run, naming the field.

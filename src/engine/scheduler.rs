@@ -39,7 +39,10 @@ pub(super) struct Scheduler {
     pub running: Vec<Sequence>,
     /// Planned sequences in the order of their rows.
     order: Vec<usize>,
+    /// Experts of the running sequences, and of the waiting ones that theirs are being brought for; ascending.
     adapters: Vec<u32>,
+    reserved: Vec<u32>,
+    wanted: Vec<u32>,
 }
 
 impl Scheduler {
@@ -52,6 +55,8 @@ impl Scheduler {
             running: Vec::new(),
             order: Vec::new(),
             adapters: Vec::new(),
+            reserved: Vec::new(),
+            wanted: Vec::new(),
         }
     }
 
@@ -99,7 +104,15 @@ impl Scheduler {
     }
 
     /// Plans the next step into `rows` and `picks`.
-    pub fn plan(&mut self, rows: &mut Rows, picks: &mut Vec<Pick>) {
+    ///
+    /// A waiting sequence joins once its experts are where steps can use them: `bring(id, wanted, kept)` has those in
+    /// `wanted` brought there for the sequence `id`, leaving those in `kept`, and says whether they have arrived.
+    pub fn plan(
+        &mut self,
+        rows: &mut Rows,
+        picks: &mut Vec<Pick>,
+        bring: impl FnMut(u64, &[u32], &[u32]) -> bool,
+    ) {
         let mut budget = self.limits.rows;
         for sequence in &mut self.running {
             sequence.planned = 0;
@@ -116,7 +129,7 @@ impl Scheduler {
                 index += 1;
             }
         }
-        self.admit(&mut budget);
+        self.admit(&mut budget, bring);
         self.lay_out(rows, picks);
     }
 
@@ -140,20 +153,30 @@ impl Scheduler {
         *budget -= count;
     }
 
-    /// Lets waiting sequences join, oldest first; one whose adapters exceed the step's bound lets others pass.
-    fn admit(&mut self, budget: &mut usize) {
+    /// Lets waiting sequences join, oldest first; one whose adapters exceed the step's bound, or are still on their way,
+    /// lets others pass.
+    fn admit(&mut self, budget: &mut usize, mut bring: impl FnMut(u64, &[u32], &[u32]) -> bool) {
         self.adapters.clear();
         for sequence in &self.running {
             self.adapters.extend(sequence.mixture.slots());
         }
-        self.adapters.sort_unstable();
-        self.adapters.dedup();
+        sort_and_dedup(&mut self.adapters);
+        self.reserved.clone_from(&self.adapters);
         let mut index = 0;
         while index < self.waiting.len() && *budget > 0 && self.running.len() < self.limits.sequences {
             let new = |slot: &u32| self.adapters.binary_search(slot).is_err();
-            let added = self.waiting[index].mixture.slots().filter(new).count();
+            self.wanted.clear();
+            self.wanted.extend(self.waiting[index].mixture.slots().filter(new));
+            let added = self.wanted.len();
             // A mixture of more adapters than the bound still runs, alone.
             if added > 0 && !self.adapters.is_empty() && self.adapters.len() + added > self.limits.adapters {
+                index += 1;
+                continue;
+            }
+            if added > 0 && !bring(self.waiting[index].id, &self.wanted, &self.reserved) {
+                // The next ones must not push out what is being brought for this one.
+                self.reserved.extend(&self.wanted);
+                sort_and_dedup(&mut self.reserved);
                 index += 1;
                 continue;
             }
@@ -166,9 +189,10 @@ impl Scheduler {
             restart_if_longer(&mut sequence, &self.rope);
             sequence.planned = count;
             *budget -= count;
-            self.adapters.extend(sequence.mixture.slots());
-            self.adapters.sort_unstable();
-            self.adapters.dedup();
+            for experts in [&mut self.adapters, &mut self.reserved] {
+                experts.extend(sequence.mixture.slots());
+                sort_and_dedup(experts);
+            }
             let place = self.running.partition_point(|other| other.id < sequence.id);
             self.running.insert(place, sequence);
         }
@@ -208,6 +232,11 @@ impl Scheduler {
             }
         }
     }
+}
+
+fn sort_and_dedup(experts: &mut Vec<u32>) {
+    experts.sort_unstable();
+    experts.dedup();
 }
 
 /// Rotary tables that depend on the sequence's length (longrope) change under it when it grows: its keys are then

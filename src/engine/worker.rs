@@ -3,25 +3,29 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
+use std::time::Duration;
 
 use super::request::{Event, Request};
 use super::scheduler::{Pick, Scheduler, StepLimits};
 use super::sequence::{EndRules, NewSequence, Progress, Sequence};
 use super::{EngineError, EngineOptions, Stats};
 use crate::adapter::{Adapter, AdapterStore};
-use crate::backend::{Backend, Rows};
+use crate::backend::{Backend, BackendError, PAGE, Rows};
 use crate::mixture::Mixture;
-use crate::model::{Activations, Base, Transformer};
+use crate::model::{Base, Transformer, Workspace, WorkspaceSize};
 
 /// Bytes of logits that a step holds at a time.
 const LOGIT_BYTES: usize = 16 << 20;
 
+/// How long to wait when nothing can run before an adapter has been copied.
+const WAIT_FOR_EXPERTS: Duration = Duration::from_micros(50);
+
 pub(super) struct Worker<B: Backend> {
     base: Arc<Base>,
     transformer: Transformer<B>,
-    cache: B::KvCache,
-    activations: Activations<B>,
+    workspace: Workspace<B>,
     adapters: AdapterStore,
+    max_adapters: usize,
     scheduler: Scheduler,
     rules: EndRules,
     seed: u64,
@@ -39,6 +43,8 @@ struct Step {
     /// Rows of the picks whose logits are computed together.
     picked: Vec<u32>,
     ended: Vec<u64>,
+    /// Sequences whose experts there is no room for, and why.
+    refused: Vec<(u64, BackendError)>,
     scratch: Vec<f32>,
 }
 
@@ -46,28 +52,39 @@ impl<B: Backend> Worker<B> {
     /// # Errors
     /// When the backend has no room for the weights or the cache.
     pub fn new(
-        backend: &B,
+        backend: &mut B,
         base: &Arc<Base>,
         options: &EngineOptions,
         stats: Arc<Stats>,
     ) -> Result<Self, EngineError> {
         let config = &base.config;
-        let max_model_len = options.max_model_len(config);
-        let transformer = Transformer::new(backend, config, &base.checkpoint, max_model_len)?;
-        let pages = options.pages(config);
-        let logit_rows = (LOGIT_BYTES / (config.vocab_size * 4)).clamp(1, options.max_num_batched_tokens);
+        let positions = options.most_positions(config);
+        let transformer = Transformer::new(backend, config, &base.checkpoint, positions)?;
+        let size = WorkspaceSize {
+            rows: options.max_num_batched_tokens,
+            sequences: options.max_num_seqs,
+            logit_rows: (LOGIT_BYTES / (config.vocab_size * 4)).clamp(1, options.max_num_batched_tokens),
+        };
+        let mut pages = 0;
+        let workspace = transformer.workspace(backend, size, |room| {
+            pages = options.cache_pages(config, B::CACHE_ELEMENT_BYTES, room)?;
+            Ok::<_, EngineError>(pages)
+        })?;
         let limits = StepLimits {
             sequences: options.max_num_seqs,
             rows: options.max_num_batched_tokens,
             adapters: options.max_loras.unwrap_or(usize::MAX),
         };
-        let rules =
-            EndRules { end_tokens: config.end_tokens.clone(), max_model_len, vocab_size: config.vocab_size };
+        let rules = EndRules {
+            end_tokens: config.end_tokens.clone(),
+            max_model_len: positions.min(pages * PAGE),
+            vocab_size: config.vocab_size,
+        };
         Ok(Self {
-            cache: transformer.kv_cache(backend, pages)?,
-            activations: transformer.activations(backend, options.max_num_batched_tokens, logit_rows)?,
+            workspace,
             transformer,
             adapters: AdapterStore::default(),
+            max_adapters: options.max_cpu_loras.unwrap_or(usize::MAX),
             scheduler: Scheduler::new(limits, pages, config.rope.clone()),
             rules,
             seed: options.seed,
@@ -78,11 +95,28 @@ impl<B: Backend> Worker<B> {
         })
     }
 
+    /// Most tokens of a prompt and its continuation.
+    pub fn max_model_len(&self) -> usize {
+        self.rules.max_model_len
+    }
+
     /// Makes an adapter resident under a name.
     ///
     /// # Errors
     /// When the name is taken or the backend has no room.
-    pub fn load_adapter(&mut self, backend: &B, name: &str, adapter: &Adapter) -> Result<(), EngineError> {
+    pub fn load_adapter(
+        &mut self,
+        backend: &mut B,
+        name: &str,
+        adapter: &Adapter,
+    ) -> Result<(), EngineError> {
+        if self.adapters.len() >= self.max_adapters {
+            return Err(EngineError::Option {
+                option: "max-cpu-loras",
+                found: self.max_adapters.to_string(),
+                wanted: format!("more, to load `{name}` beside the adapters that are loaded"),
+            });
+        }
         let slot = self.adapters.insert(name, adapter.saved_modules.is_empty())?;
         if let Err(error) = self.transformer.load_adapter(backend, slot, adapter, &self.base.checkpoint) {
             self.adapters.remove(name)?;
@@ -95,7 +129,7 @@ impl<B: Backend> Worker<B> {
     ///
     /// # Errors
     /// When there is no such adapter.
-    pub fn unload_adapter(&mut self, backend: &B, name: &str) -> Result<(), EngineError> {
+    pub fn unload_adapter(&mut self, backend: &mut B, name: &str) -> Result<(), EngineError> {
         if let Some(slot) = self.adapters.remove(name)? {
             self.transformer.unload_adapter(backend, slot);
         }
@@ -134,24 +168,48 @@ impl<B: Backend> Worker<B> {
         self.scheduler.is_idle()
     }
 
-    /// Computes one step: the next rows of all sequences that fit, and the tokens they give.
+    /// Computes one step: the next rows of all sequences that fit, and the tokens they give. When the backend fails, so
+    /// do the sequences that were running.
     pub fn step(&mut self, backend: &mut B) {
         self.drop_cancelled(backend);
-        let Self { scheduler, step, transformer, cache, activations, rules, stats, .. } = self;
-        scheduler.plan(&mut step.rows, &mut step.picks);
-        if step.rows.is_empty() {
+        let Self { scheduler, step, .. } = self;
+        step.refused.clear();
+        scheduler.plan(&mut step.rows, &mut step.picks, |id, wanted, kept| {
+            backend.bring_experts(wanted, kept).unwrap_or_else(|error| {
+                step.refused.push((id, error));
+                false
+            })
+        });
+        for (id, error) in std::mem::take(&mut self.step.refused) {
+            error.end_process_if_lost();
+            self.fail(backend, &error, |sequence| sequence.id == id);
+        }
+        if self.step.rows.is_empty() {
+            if !self.is_idle() {
+                std::thread::sleep(WAIT_FOR_EXPERTS);
+            }
             return;
         }
+        if let Err(error) = self.compute(backend) {
+            error.end_process_if_lost();
+            self.fail(backend, &error, |sequence| sequence.planned > 0);
+        }
+    }
+
+    /// Runs the planned rows and hands their tokens to the sequences.
+    fn compute(&mut self, backend: &mut B) -> Result<(), BackendError> {
+        let Self { scheduler, step, transformer, workspace, rules, stats, .. } = self;
         stats.count_step(&step.rows, scheduler);
-        transformer.forward(backend, &step.rows, cache, activations);
+        transformer.forward(backend, &step.rows, workspace)?;
         for sequence in &mut scheduler.running {
             sequence.computed += sequence.planned;
         }
         step.ended.clear();
-        for picks in step.picks.chunks(activations.logit_rows()) {
+        for picks in step.picks.chunks(workspace.logit_rows()) {
             step.picked.clear();
             step.picked.extend(picks.iter().map(|pick| pick.row));
-            let logits = transformer.logits(backend, &step.rows, &step.picked, activations);
+            transformer.logits(backend, &step.rows, &step.picked, workspace)?;
+            let logits = backend.read(workspace.logits(), picks.len())?;
             for (pick, logits) in picks.iter().zip(logits.chunks_exact(rules.vocab_size)) {
                 let sequence = &mut scheduler.running[pick.sequence];
                 match pick.prompt_position {
@@ -167,32 +225,36 @@ impl<B: Backend> Worker<B> {
         }
         if !self.step.ended.is_empty() {
             let ended = std::mem::take(&mut self.step.ended);
-            self.retire(backend, |sequence| ended.contains(&sequence.id));
+            self.retire(backend, |sequence| ended.contains(&sequence.id), |_| {});
             self.step.ended = ended;
         }
+        Ok(())
     }
 
-    fn drop_cancelled(&mut self, backend: &B) {
-        let mut cancelled = Vec::new();
-        self.scheduler.retire(Sequence::is_cancelled, |sequence| cancelled.push(sequence));
-        for mut sequence in cancelled {
-            sequence.abort();
-            self.release(backend, &sequence);
-        }
+    fn drop_cancelled(&mut self, backend: &mut B) {
+        self.retire(backend, Sequence::is_cancelled, Sequence::abort);
     }
 
-    fn retire(&mut self, backend: &B, leaves: impl Fn(&Sequence) -> bool) {
+    fn fail(&mut self, backend: &mut B, error: &BackendError, which: impl Fn(&Sequence) -> bool) {
+        let message = error.to_string();
+        self.retire(backend, which, |sequence| sequence.fail(message.clone()));
+    }
+
+    /// Lets go of the sequences that `leaves` is true of, each after a last word.
+    fn retire(
+        &mut self,
+        backend: &mut B,
+        leaves: impl Fn(&Sequence) -> bool,
+        last_word: impl Fn(&mut Sequence),
+    ) {
         let mut left = Vec::new();
         self.scheduler.retire(leaves, |sequence| left.push(sequence));
-        for sequence in left {
-            self.release(backend, &sequence);
-        }
-    }
-
-    fn release(&mut self, backend: &B, sequence: &Sequence) {
-        for slot in sequence.mixture.slots() {
-            if let Some(slot) = self.adapters.release(slot as usize) {
-                self.transformer.unload_adapter(backend, slot);
+        for mut sequence in left {
+            last_word(&mut sequence);
+            for slot in sequence.mixture.slots() {
+                if let Some(slot) = self.adapters.release(slot as usize) {
+                    self.transformer.unload_adapter(backend, slot);
+                }
             }
         }
     }

@@ -4,9 +4,14 @@
 //! `h += Down(swiglu(GateUp(norm(h))))`. What differs between families is in the configuration and in the table of
 //! sites. One call computes one step: the rows of many sequences, prompts and single tokens alike.
 
+use std::sync::Arc;
+
+use super::sites::{BlockNorms, BlockSites};
 use super::{ModelConfig, ModelError, ModelSites};
 use crate::adapter::Adapter;
-use crate::backend::{AttentionShape, Backend, BackendError, FrozenLinear, Gates, HeadNorms, Rows, Write};
+use crate::backend::{
+    AttentionShape, Backend, BackendError, FrozenLinear, Gates, HeadNorms, Rows, StepLimits, Write,
+};
 use crate::tensor::Tensor;
 
 /// Where the frozen tensors come from.
@@ -22,6 +27,9 @@ pub trait Weights {
 
 /// A frozen model on a backend, with the experts resident at its sites.
 pub struct Transformer<B: Backend> {
+    /// Shared with its workspaces alone.
+    identity: Arc<()>,
+    positions: usize,
     config: ModelConfig,
     shape: AttentionShape,
     embed_tokens: B::Table,
@@ -54,24 +62,99 @@ struct Block<B: Backend> {
     window: Option<usize>,
 }
 
-/// The buffers of a step, made once for the largest one.
-pub struct Activations<B: Backend> {
+/// A transformer in the making.
+struct Build<'a, B: Backend, W> {
+    backend: &'a mut B,
+    config: &'a ModelConfig,
+    weights: &'a W,
+    embedding: B::Weight,
+    groups: Vec<B::Group>,
+    places: Vec<Place>,
+}
+
+impl<B: Backend, W: Weights> Build<'_, B, W> {
+    fn norm(&self, name: &str, width: usize) -> Result<B::Vector, ModelError> {
+        Ok(self.backend.vector(self.weights.norm(name, width)?.to_f32())?)
+    }
+
+    /// Makes a group of sites; returns its number.
+    fn group(&mut self, sites: &[usize]) -> Result<usize, ModelError> {
+        let mut frozen = Vec::new();
+        for (index, &id) in sites.iter().enumerate() {
+            self.places[id] = Place::Group(self.groups.len(), index);
+            let shared = id == self.weights.sites().lm_head && self.config.tie_word_embeddings;
+            let weight = match shared {
+                true => self.embedding.clone(),
+                false => self.backend.weight(&self.weights.site_weight(id)?)?,
+            };
+            let bias = self.weights.site_bias(id)?.map(|bias| self.backend.vector(bias.to_f32()));
+            frozen.push(FrozenLinear { weight, bias: bias.transpose()? });
+        }
+        self.groups.push(self.backend.group(frozen)?);
+        Ok(self.groups.len() - 1)
+    }
+
+    fn block(
+        &mut self,
+        sites: &BlockSites,
+        norms: &BlockNorms,
+        window: Option<usize>,
+    ) -> Result<Block<B>, ModelError> {
+        let (hidden, head_dim) = (self.config.hidden_size, self.config.head_dim);
+        let head_norms = match &norms.query_key {
+            Some((q, k)) => Some((self.norm(q, head_dim)?, self.norm(k, head_dim)?)),
+            None => None,
+        };
+        Ok(Block {
+            attention_norm: self.norm(&norms.attention, hidden)?,
+            attention_in: self.group(&sites.attention_in)?,
+            head_norms,
+            attention_out: self.group(&[sites.attention_out])?,
+            mlp_norm: self.norm(&norms.mlp, hidden)?,
+            mlp_in: self.group(&sites.mlp_in)?,
+            mlp_out: self.group(&[sites.mlp_out])?,
+            window,
+        })
+    }
+}
+
+/// What the steps of one transformer work in, made once for the largest: activations, and the cache of keys and values.
+pub struct Workspace<B: Backend> {
+    /// Of the transformer that it was made for.
+    transformer: Arc<()>,
     hidden: B::Buffer,
     normed: B::Buffer,
     qkv: B::Buffer,
     context: B::Buffer,
-    gate_up: B::Buffer,
     gated: B::Buffer,
     picked: B::Buffer,
     logits: B::Buffer,
+    cache: B::KvCache,
+    recorded: B::Recorded,
     picked_gates: Gates,
     logit_rows: usize,
 }
 
-impl<B: Backend> Activations<B> {
+/// How large steps may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkspaceSize {
+    /// Most rows of a step.
+    pub rows: usize,
+    /// Most sequences of a step.
+    pub sequences: usize,
+    /// Most rows that give logits at a time.
+    pub logit_rows: usize,
+}
+
+impl<B: Backend> Workspace<B> {
     /// How many rows give logits at a time.
     pub fn logit_rows(&self) -> usize {
         self.logit_rows
+    }
+
+    /// The logits computed last: `[logit_rows, vocabulary]`.
+    pub fn logits(&self) -> &B::Buffer {
+        &self.logits
     }
 }
 
@@ -81,50 +164,24 @@ impl<B: Backend> Transformer<B> {
     /// # Errors
     /// When a tensor is absent or of another shape, or the backend has no room.
     pub fn new(
-        backend: &B,
+        backend: &mut B,
         config: &ModelConfig,
         weights: &impl Weights,
         positions: usize,
     ) -> Result<Self, ModelError> {
         let table = weights.sites();
-        let vector = |tensor: Tensor| backend.vector(tensor.to_f32());
-        let norm = |name: &str, width| Ok::<_, ModelError>(vector(weights.norm(name, width)?)?);
         let embedding = backend.weight(&weights.site_weight(table.embed_tokens)?)?;
-        let mut groups = Vec::new();
-        let mut places = vec![Place::EmbedTokens; table.table.iter().count()];
-        let mut group = |sites: &[usize]| {
-            let frozen = sites.iter().enumerate().map(|(index, &id)| {
-                places[id] = Place::Group(groups.len(), index);
-                let shared = id == table.lm_head && config.tie_word_embeddings;
-                let weight =
-                    if shared { embedding.clone() } else { backend.weight(&weights.site_weight(id)?)? };
-                Ok(FrozenLinear { weight, bias: weights.site_bias(id)?.map(vector).transpose()? })
-            });
-            let frozen = frozen.collect::<Result<_, ModelError>>()?;
-            groups.push(backend.group(frozen)?);
-            Ok::<_, ModelError>(groups.len() - 1)
-        };
-        let blocks = (table.blocks.iter().zip(&table.norms).enumerate())
-            .map(|(index, (block, norms))| {
-                let head_norms = norms.query_key.as_ref();
-                Ok(Block {
-                    attention_norm: norm(&norms.attention, config.hidden_size)?,
-                    attention_in: group(&block.attention_in)?,
-                    head_norms: head_norms
-                        .map(|(q, k)| {
-                            Ok::<_, ModelError>((norm(q, config.head_dim)?, norm(k, config.head_dim)?))
-                        })
-                        .transpose()?,
-                    attention_out: group(&[block.attention_out])?,
-                    mlp_norm: norm(&norms.mlp, config.hidden_size)?,
-                    mlp_in: group(&block.mlp_in)?,
-                    mlp_out: group(&[block.mlp_out])?,
-                    window: config.windows[index],
-                })
-            })
-            .collect::<Result<_, ModelError>>()?;
-        let lm_head = group(&[table.lm_head])?;
+        let places = vec![Place::EmbedTokens; table.table.iter().count()];
+        let mut build = Build { backend, config, weights, embedding, groups: Vec::new(), places };
+        let blocks = (table.blocks.iter().zip(&table.norms).zip(&config.windows))
+            .map(|((sites, norms), &window)| build.block(sites, norms, window))
+            .collect::<Result<_, _>>()?;
+        let final_norm = build.norm(&table.final_norm, config.hidden_size)?;
+        let lm_head = build.group(&[table.lm_head])?;
+        let Build { embedding, groups, places, .. } = build;
         Ok(Self {
+            identity: Arc::new(()),
+            positions,
             shape: AttentionShape {
                 heads: config.num_heads,
                 kv_heads: config.num_kv_heads,
@@ -134,7 +191,7 @@ impl<B: Backend> Transformer<B> {
             groups,
             places,
             blocks,
-            final_norm: norm(&table.final_norm, config.hidden_size)?,
+            final_norm,
             lm_head,
             rotary: backend.rotary(config.rope.tables(config.rotary_dim(), positions))?,
             config: config.clone(),
@@ -145,35 +202,49 @@ impl<B: Backend> Transformer<B> {
         &self.config
     }
 
-    /// A cache of `pages` pages for all blocks.
+    /// Memory for steps of up to `size`. `pages` says how many pages the cache has; it is told how many bytes the
+    /// backend has left for it, where the backend knows.
     ///
     /// # Errors
-    /// When the backend has no room.
-    pub fn kv_cache(&self, backend: &B, pages: usize) -> Result<B::KvCache, BackendError> {
-        backend.kv_cache(self.blocks.len(), pages, self.shape)
-    }
-
-    /// Buffers for steps of at most `rows` rows, of which at most `logit_rows` at a time give logits.
-    ///
-    /// # Errors
-    /// When the backend has no room.
-    pub fn activations(
+    /// When the backend has no room, and those of `pages`.
+    pub fn workspace<E: From<BackendError>>(
         &self,
-        backend: &B,
-        rows: usize,
-        logit_rows: usize,
-    ) -> Result<Activations<B>, BackendError> {
+        backend: &mut B,
+        size: WorkspaceSize,
+        pages: impl FnOnce(Option<usize>) -> Result<usize, E>,
+    ) -> Result<Workspace<B>, E> {
+        let WorkspaceSize { rows, sequences, logit_rows } = size;
         let config = &self.config;
-        let query_width = config.num_heads * config.head_dim;
-        Ok(Activations {
-            hidden: backend.buffer(rows, config.hidden_size)?,
-            normed: backend.buffer(rows.max(logit_rows), config.hidden_size)?,
-            qkv: backend.buffer(rows, self.shape.qkv_width())?,
-            context: backend.buffer(rows, query_width)?,
-            gate_up: backend.buffer(rows, 2 * config.intermediate_size)?,
-            gated: backend.buffer(rows, config.intermediate_size)?,
-            picked: backend.buffer(logit_rows, config.hidden_size)?,
-            logits: backend.buffer(logit_rows, config.vocab_size)?,
+        let hidden = backend.buffer(rows, config.hidden_size)?;
+        let normed = backend.buffer(rows.max(logit_rows), config.hidden_size)?;
+        let qkv = backend.buffer(rows, self.shape.qkv_width())?;
+        let context = backend.buffer(rows, config.num_heads * config.head_dim)?;
+        let gated = backend.buffer(rows, config.intermediate_size)?;
+        let picked = backend.buffer(logit_rows, config.hidden_size)?;
+        let logits = backend.logits_buffer(logit_rows, config.vocab_size)?;
+        let mut limits = StepLimits {
+            rows,
+            sequences,
+            picked: logit_rows,
+            vocabulary: config.vocab_size,
+            positions: self.positions,
+            rotary_variants: config.rope.variants(),
+            cache_pages: 0,
+            attention: self.shape,
+        };
+        limits.cache_pages = pages(backend.cache_room(&limits)?)?;
+        backend.reserve(&limits)?;
+        Ok(Workspace {
+            cache: backend.kv_cache(self.blocks.len(), limits.cache_pages, self.shape)?,
+            transformer: Arc::clone(&self.identity),
+            hidden,
+            normed,
+            qkv,
+            context,
+            gated,
+            picked,
+            logits,
+            recorded: B::Recorded::default(),
             picked_gates: Gates::default(),
             logit_rows,
         })
@@ -185,7 +256,7 @@ impl<B: Backend> Transformer<B> {
     /// When a frozen tensor cannot be read or the backend has no room; the slot is empty then.
     pub fn load_adapter(
         &mut self,
-        backend: &B,
+        backend: &mut B,
         slot: usize,
         adapter: &Adapter,
         weights: &impl Weights,
@@ -207,54 +278,62 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// Empties an expert slot.
-    pub fn unload_adapter(&mut self, backend: &B, slot: usize) {
-        backend.unload_table_expert(&mut self.embed_tokens, slot);
-        for group in &mut self.groups {
-            backend.unload_expert(group, slot);
-        }
+    pub fn unload_adapter(&mut self, backend: &mut B, slot: usize) {
+        backend.unload_expert(&mut self.groups, &mut self.embed_tokens, slot);
     }
 
-    /// Runs all blocks over the step's rows, storing their keys and values; the hidden states stay in `activations`.
+    /// Runs all blocks over the step's rows, storing their keys and values; the hidden states stay in `workspace`.
+    ///
+    /// # Errors
+    /// When the backend fails; the sequences of the step cannot go on then.
+    ///
+    /// # Panics
+    /// When the workspace is another transformer's.
     pub fn forward(
         &self,
         backend: &mut B,
         rows: &Rows,
-        cache: &mut B::KvCache,
-        activations: &mut Activations<B>,
-    ) {
-        let Activations { hidden, normed, qkv, context, gate_up, gated, .. } = activations;
-        let (count, epsilon) = (rows.len(), self.config.rms_norm_eps);
-        backend.embed(&self.embed_tokens, rows, hidden);
-        for (index, block) in self.blocks.iter().enumerate() {
-            backend.rms_norm(hidden, count, &block.attention_norm, epsilon, normed);
-            backend.linear(&self.groups[block.attention_in], normed, &rows.gates, Write::Replace, qkv);
-            let norms = block.head_norms.as_ref().map(|(q, k)| HeadNorms { q, k, epsilon });
-            backend.rope_store(qkv, self.shape, norms, &self.rotary, rows, cache, index);
-            backend.attention(qkv, block.window, rows, cache, index, context);
-            backend.linear(&self.groups[block.attention_out], context, &rows.gates, Write::Add, hidden);
-            backend.rms_norm(hidden, count, &block.mlp_norm, epsilon, normed);
-            backend.linear(&self.groups[block.mlp_in], normed, &rows.gates, Write::Replace, gate_up);
-            backend.swiglu(gate_up, count, gated);
-            backend.linear(&self.groups[block.mlp_out], gated, &rows.gates, Write::Add, hidden);
-        }
+        workspace: &mut Workspace<B>,
+    ) -> Result<(), BackendError> {
+        assert!(Arc::ptr_eq(&self.identity, &workspace.transformer), "a workspace of another transformer");
+        let Workspace { hidden, normed, qkv, context, gated, cache, recorded, .. } = workspace;
+        let (count, epsilon, gates) = (rows.len(), self.config.rms_norm_eps, &rows.gates);
+        backend.begin_step(rows)?;
+        backend.embed(&self.embed_tokens, rows, hidden)?;
+        backend.record(recorded, |backend| {
+            for (index, block) in self.blocks.iter().enumerate() {
+                let group = |index: usize| &self.groups[index];
+                backend.rms_norm(hidden, count, &block.attention_norm, epsilon, normed)?;
+                backend.linear(group(block.attention_in), normed, gates, Write::Replace, qkv)?;
+                let norms = block.head_norms.as_ref().map(|(q, k)| HeadNorms { q, k, epsilon });
+                backend.rope_store(qkv, self.shape, norms, &self.rotary, rows, cache, index)?;
+                backend.attention(qkv, block.window, rows, cache, index, context)?;
+                backend.linear(group(block.attention_out), context, gates, Write::Add, hidden)?;
+                backend.rms_norm(hidden, count, &block.mlp_norm, epsilon, normed)?;
+                backend.linear_swiglu(group(block.mlp_in), normed, gates, gated)?;
+                backend.linear(group(block.mlp_out), gated, gates, Write::Add, hidden)?;
+            }
+            Ok(())
+        })
     }
 
-    /// Logits `[picked, vocabulary]` of some of the last step's rows (ascending, at most as many as `activations` has
-    /// room for).
-    pub fn logits<'a>(
+    /// Leaves the logits `[picked, vocabulary]` of some of the last step's rows (ascending, at most
+    /// [`Workspace::logit_rows`]) in `workspace`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn logits(
         &self,
-        backend: &'a mut B,
+        backend: &mut B,
         rows: &Rows,
         picked: &[u32],
-        activations: &'a mut Activations<B>,
-    ) -> &'a [f32] {
-        let Activations { hidden, normed, picked: chosen, logits, picked_gates, logit_rows, .. } =
-            activations;
+        workspace: &mut Workspace<B>,
+    ) -> Result<(), BackendError> {
+        let Workspace { hidden, normed, picked: chosen, logits, picked_gates, logit_rows, .. } = workspace;
         assert!(picked.len() <= *logit_rows, "more rows than the buffer has room for");
-        backend.pick_rows(hidden, picked, chosen);
         rows.gates.pick(picked, picked_gates);
-        backend.rms_norm(chosen, picked.len(), &self.final_norm, self.config.rms_norm_eps, normed);
-        backend.linear(&self.groups[self.lm_head], normed, picked_gates, Write::Replace, logits);
-        backend.read(logits, picked.len())
+        backend.pick_rows(hidden, picked, picked_gates, chosen)?;
+        backend.rms_norm(chosen, picked.len(), &self.final_norm, self.config.rms_norm_eps, normed)?;
+        backend.linear(&self.groups[self.lm_head], normed, picked_gates, Write::Replace, logits)
     }
 }

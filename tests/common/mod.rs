@@ -1,6 +1,7 @@
 //! Golden cases: what transformers and PEFT compute for small random models (see scripts/reference).
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
+pub mod forward;
 pub mod program;
 pub mod traffic;
 

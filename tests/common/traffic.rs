@@ -60,7 +60,7 @@ impl Traffic {
             max_num_seqs: room.sequences,
             max_num_batched_tokens: room.rows,
             max_model_len: Some(CONTEXT),
-            kv_cache_bytes: room.pages * page_bytes,
+            kv_cache_bytes: Some(room.pages * page_bytes),
             ..EngineOptions::default()
         };
         let engine = Engine::start(Arc::clone(&self.base), options).unwrap();

@@ -26,6 +26,7 @@ pub struct Cpu {
     isa: Isa,
     pool: Arc<rayon::ThreadPool>,
     workspace: linear::Workspace,
+    gate_up: Buffer,
     pieces: attention::Pieces,
 }
 
@@ -45,7 +46,13 @@ impl Cpu {
             .thread_name(|index| format!("loramux-cpu-{index}"))
             .build()
             .map_err(|error| BackendError::Threads(error.to_string()))?;
-        Ok(Self { isa, pool: Arc::new(pool), workspace: Default::default(), pieces: Vec::new() })
+        Ok(Self {
+            isa,
+            pool: Arc::new(pool),
+            workspace: Default::default(),
+            gate_up: Buffer::default(),
+            pieces: Vec::new(),
+        })
     }
 
     pub fn isa(&self) -> Isa {
@@ -68,12 +75,22 @@ pub struct Site {
 pub struct Group(Vec<Site>);
 
 /// Activations `[capacity, width]` in f32.
+#[derive(Default)]
 pub struct Buffer {
     data: Vec<f32>,
     width: usize,
 }
 
+impl Buffer {
+    /// Fills the first elements.
+    pub fn write(&mut self, values: &[f32]) {
+        self.data[..values.len()].copy_from_slice(values);
+    }
+}
+
 impl Backend for Cpu {
+    const CACHE_ELEMENT_BYTES: usize = size_of::<f32>();
+
     type Weight = Tensor;
     type Vector = Vec<f32>;
     type Buffer = Buffer;
@@ -81,6 +98,7 @@ impl Backend for Cpu {
     type Table = Site;
     type Rotary = RotaryTables;
     type KvCache = KvCache;
+    type Recorded = ();
 
     fn scope<R: Send>(&mut self, work: impl FnOnce(&mut Self) -> R + Send) -> R {
         let pool = Arc::clone(&self.pool);
@@ -100,11 +118,7 @@ impl Backend for Cpu {
         Ok(Buffer { data: vec![0.0; rows * width], width })
     }
 
-    fn write(&self, buffer: &mut Buffer, values: &[f32]) {
-        buffer.data[..values.len()].copy_from_slice(values);
-    }
-
-    fn group(&self, sites: Vec<FrozenLinear<Self>>) -> Result<Group, BackendError> {
+    fn group(&mut self, sites: Vec<FrozenLinear<Self>>) -> Result<Group, BackendError> {
         let sites = sites.into_iter().map(|FrozenLinear { weight, bias }| {
             let [out_features, in_features] = [weight.shape()[0], weight.shape()[1]];
             Site { weight, bias, experts: Experts::new(in_features, out_features) }
@@ -112,13 +126,13 @@ impl Backend for Cpu {
         Ok(Group(sites.collect()))
     }
 
-    fn table(&self, weight: Tensor) -> Result<Site, BackendError> {
+    fn table(&mut self, weight: Tensor) -> Result<Site, BackendError> {
         let [vocabulary, width] = [weight.shape()[0], weight.shape()[1]];
         Ok(Site { weight, bias: None, experts: Experts::new(vocabulary, width) })
     }
 
     fn load_expert(
-        &self,
+        &mut self,
         group: &mut Group,
         site: usize,
         slot: usize,
@@ -129,7 +143,7 @@ impl Backend for Cpu {
     }
 
     fn load_table_expert(
-        &self,
+        &mut self,
         table: &mut Site,
         slot: usize,
         change: &SiteChange,
@@ -138,14 +152,10 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn unload_expert(&self, group: &mut Group, slot: usize) {
-        for site in &mut group.0 {
+    fn unload_expert(&mut self, groups: &mut [Group], table: &mut Site, slot: usize) {
+        for site in groups.iter_mut().flat_map(|group| &mut group.0).chain([table]) {
             site.experts.unload(slot);
         }
-    }
-
-    fn unload_table_expert(&self, table: &mut Site, slot: usize) {
-        table.experts.unload(slot);
     }
 
     fn rotary(&self, tables: RotaryTables) -> Result<RotaryTables, BackendError> {
@@ -156,16 +166,50 @@ impl Backend for Cpu {
         Ok(KvCache::new(blocks, pages, shape))
     }
 
-    fn embed(&mut self, table: &Site, rows: &Rows, y: &mut Buffer) {
+    fn embed(&mut self, table: &Site, rows: &Rows, y: &mut Buffer) -> Result<(), BackendError> {
         linear::embed(table, rows, y);
+        Ok(())
     }
 
-    fn rms_norm(&mut self, x: &Buffer, rows: usize, weight: &Vec<f32>, epsilon: f32, y: &mut Buffer) {
+    fn rms_norm(
+        &mut self,
+        x: &Buffer,
+        rows: usize,
+        weight: &Vec<f32>,
+        epsilon: f32,
+        y: &mut Buffer,
+    ) -> Result<(), BackendError> {
         elementwise::rms_norm(self.isa, x, rows, weight, epsilon, y);
+        Ok(())
     }
 
-    fn linear(&mut self, group: &Group, x: &Buffer, gates: &Gates, write: Write, y: &mut Buffer) {
+    fn linear(
+        &mut self,
+        group: &Group,
+        x: &Buffer,
+        gates: &Gates,
+        write: Write,
+        y: &mut Buffer,
+    ) -> Result<(), BackendError> {
         linear::linear(self, &group.0, x, gates, write, y);
+        Ok(())
+    }
+
+    fn linear_swiglu(
+        &mut self,
+        group: &Group,
+        x: &Buffer,
+        gates: &Gates,
+        y: &mut Buffer,
+    ) -> Result<(), BackendError> {
+        // Both outputs side by side, in memory that is kept from step to step.
+        let mut gate_up = std::mem::take(&mut self.gate_up);
+        gate_up.width = 2 * y.width;
+        gate_up.data.resize(gate_up.data.len().max(gates.rows() * gate_up.width), 0.0);
+        linear::linear(self, &group.0, x, gates, Write::Replace, &mut gate_up);
+        elementwise::swiglu(&gate_up, gates.rows(), y);
+        self.gate_up = gate_up;
+        Ok(())
     }
 
     fn rope_store(
@@ -177,10 +221,11 @@ impl Backend for Cpu {
         rows: &Rows,
         cache: &mut KvCache,
         block: usize,
-    ) {
+    ) -> Result<(), BackendError> {
         let norms =
             norms.map(|norms| elementwise::NormWeights { q: norms.q, k: norms.k, epsilon: norms.epsilon });
         elementwise::rope_store(self.isa, qkv, shape, norms, tables, rows, cache, block);
+        Ok(())
     }
 
     fn attention(
@@ -191,23 +236,27 @@ impl Backend for Cpu {
         cache: &KvCache,
         block: usize,
         y: &mut Buffer,
-    ) {
+    ) -> Result<(), BackendError> {
         attention::attention(self.isa, &mut self.pieces, qkv, window, rows, cache, block, y);
+        Ok(())
     }
 
-    fn swiglu(&mut self, gate_up: &Buffer, rows: usize, y: &mut Buffer) {
-        elementwise::swiglu(gate_up, rows, y);
-    }
-
-    fn pick_rows(&mut self, x: &Buffer, picked: &[u32], y: &mut Buffer) {
+    fn pick_rows(
+        &mut self,
+        x: &Buffer,
+        picked: &[u32],
+        _gates: &Gates,
+        y: &mut Buffer,
+    ) -> Result<(), BackendError> {
         let width = x.width;
         for (to, &row) in y.data.chunks_exact_mut(width).zip(picked) {
             to.copy_from_slice(&x.data[row as usize * width..(row as usize + 1) * width]);
         }
+        Ok(())
     }
 
-    fn read<'a>(&'a self, x: &'a Buffer, rows: usize) -> &'a [f32] {
-        &x.data[..rows * x.width]
+    fn read<'a>(&'a mut self, x: &'a Buffer, rows: usize) -> Result<&'a [f32], BackendError> {
+        Ok(&x.data[..rows * x.width])
     }
 }
 

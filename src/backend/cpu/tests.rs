@@ -166,10 +166,10 @@ fn linear_matches_an_f64_loop_and_rows_do_not_depend_on_neighbours() {
                 let rows = gates.rows();
                 let mut input = cpu.buffer(rows, k).unwrap();
                 let mut output = cpu.buffer(rows, width).unwrap();
-                cpu.write(&mut input, x);
-                cpu.write(&mut output, before);
-                cpu.linear(&group, &input, gates, write, &mut output);
-                cpu.read(&output, rows).to_vec()
+                input.write(x);
+                output.write(before);
+                cpu.linear(&group, &input, gates, write, &mut output).unwrap();
+                cpu.read(&output, rows).unwrap().to_vec()
             };
             let together = run(&gates, &x, &before);
             for row in 0..gates.rows() {
@@ -220,8 +220,8 @@ fn embedding_adds_the_low_rank_lookup() {
         rows.push_sequence(&[9], 0, 0, &[], &[(0, 0.5)]);
         rows.push_sequence(&[39], 0, 0, &[], &[(1, 1.0)]);
         let mut y = cpu.buffer(4, hidden).unwrap();
-        cpu.embed(&table, &rows, &mut y);
-        let got = cpu.read(&y, 4);
+        cpu.embed(&table, &rows, &mut y).unwrap();
+        let got = cpu.read(&y, 4).unwrap();
         let (weight, other) = (weight.to_f32(), other.to_f32());
         assert_eq!(got[hidden..2 * hidden], weight[9 * hidden..10 * hidden]);
         assert_eq!(got[3 * hidden..], other[39 * hidden..40 * hidden]);
@@ -304,10 +304,10 @@ fn attention_matches_an_f64_loop_however_a_sequence_is_cut_into_steps() {
                     }
                     let mut input = cpu.buffer(rows.len(), width).unwrap();
                     let mut y = cpu.buffer(rows.len(), shape.heads * shape.head_dim).unwrap();
-                    cpu.write(&mut input, &qkv);
-                    cpu.rope_store(&mut input, shape, None, &tables, &rows, &mut cache, 0);
-                    cpu.attention(&input, window, &rows, &cache, 0, &mut y);
-                    let y = cpu.read(&y, rows.len());
+                    input.write(&qkv);
+                    cpu.rope_store(&mut input, shape, None, &tables, &rows, &mut cache, 0).unwrap();
+                    cpu.attention(&input, window, &rows, &cache, 0, &mut y).unwrap();
+                    let y = cpu.read(&y, rows.len()).unwrap();
                     let mut present = lengths.iter().enumerate().filter(|(_, length)| start < **length);
                     for sequence in &rows.sequences {
                         let (index, _) = present.next().unwrap();
@@ -338,9 +338,9 @@ fn norm_rotation_and_swiglu_match_their_formulas() {
         let (x, weight) = (random.values(rows * width), random.values(width));
         let mut input = cpu.buffer(rows, width).unwrap();
         let mut output = cpu.buffer(rows, width).unwrap();
-        cpu.write(&mut input, &x);
-        cpu.rms_norm(&input, rows, &weight, 1e-5, &mut output);
-        for (x, y) in x.chunks_exact(width).zip(cpu.read(&output, rows).chunks_exact(width)) {
+        input.write(&x);
+        cpu.rms_norm(&input, rows, &weight, 1e-5, &mut output).unwrap();
+        for (x, y) in x.chunks_exact(width).zip(cpu.read(&output, rows).unwrap().chunks_exact(width)) {
             let mean: f64 = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>() / width as f64;
             for n in 0..width {
                 let wanted = f64::from(x[n]) / (mean + 1e-5).sqrt() * f64::from(weight[n]);
@@ -349,9 +349,10 @@ fn norm_rotation_and_swiglu_match_their_formulas() {
         }
         let mut gate_up = cpu.buffer(rows, 2 * width).unwrap();
         let values = random.values(rows * 2 * width);
-        cpu.write(&mut gate_up, &values);
-        cpu.swiglu(&gate_up, rows, &mut output);
-        for (x, y) in values.chunks_exact(2 * width).zip(cpu.read(&output, rows).chunks_exact(width)) {
+        gate_up.write(&values);
+        super::elementwise::swiglu(&gate_up, rows, &mut output);
+        for (x, y) in values.chunks_exact(2 * width).zip(cpu.read(&output, rows).unwrap().chunks_exact(width))
+        {
             for n in 0..width {
                 let (gate, up) = (f64::from(x[n]), f64::from(x[width + n]));
                 assert!((f64::from(y[n]) - gate / (1.0 + (-gate).exp()) * up).abs() < 1e-6);
@@ -365,10 +366,10 @@ fn norm_rotation_and_swiglu_match_their_formulas() {
         rows.push_sequence(&[0], 3, 0, &[0], &[]);
         let values = random.values(shape.qkv_width());
         let mut qkv = cpu.buffer(1, shape.qkv_width()).unwrap();
-        cpu.write(&mut qkv, &values);
+        qkv.write(&values);
         let mut cache = cpu.kv_cache(1, 1, shape).unwrap();
-        cpu.rope_store(&mut qkv, shape, None, &tables, &rows, &mut cache, 0);
-        let turned = cpu.read(&qkv, 1);
+        cpu.rope_store(&mut qkv, shape, None, &tables, &rows, &mut cache, 0).unwrap();
+        let turned = cpu.read(&qkv, 1).unwrap();
         for head in 0..3 {
             for i in 0..3 {
                 let (x, y) = (values[head * 8 + i], values[head * 8 + i + 3]);
