@@ -71,7 +71,7 @@ impl Model {
         let folder = tempfile::tempdir().unwrap();
         write_adapter(&folder.path().join("sum"), &sum, table, WriteOptions::default()).unwrap();
         let sum = read_adapter(&folder.path().join("sum"), table, weights, LIMITS).unwrap();
-        self.transformer.unload_adapter(&mut self.backend, SUM);
+        self.transformer.unload_adapter(&mut self.backend, SUM).unwrap();
         self.transformer.load_adapter(&mut self.backend, SUM, &sum, weights).unwrap();
     }
 }

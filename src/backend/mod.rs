@@ -212,7 +212,12 @@ pub trait Backend: Sized + Send + 'static {
         change: &SiteChange,
     ) -> Result<(), BackendError>;
     /// Empties `slot` everywhere.
-    fn unload_expert(&mut self, groups: &mut [Self::Group], table: &mut Self::Table, slot: usize);
+    fn unload_expert(
+        &mut self,
+        groups: &mut [Self::Group],
+        table: &mut Self::Table,
+        slot: usize,
+    ) -> Result<(), BackendError>;
     /// Has the experts in `wanted` brought to where steps can use them, beside those in `kept`, and says whether they
     /// are there. Never waits: who gets `false` asks again before a later step.
     ///

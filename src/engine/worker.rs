@@ -131,7 +131,7 @@ impl<B: Backend> Worker<B> {
     /// When there is no such adapter.
     pub fn unload_adapter(&mut self, backend: &mut B, name: &str) -> Result<(), EngineError> {
         if let Some(slot) = self.adapters.remove(name)? {
-            self.transformer.unload_adapter(backend, slot);
+            self.transformer.unload_adapter(backend, slot)?;
         }
         Ok(())
     }
@@ -252,8 +252,11 @@ impl<B: Backend> Worker<B> {
         for mut sequence in left {
             last_word(&mut sequence);
             for slot in sequence.mixture.slots() {
-                if let Some(slot) = self.adapters.release(slot as usize) {
-                    self.transformer.unload_adapter(backend, slot);
+                if let Some(slot) = self.adapters.release(slot as usize)
+                    && let Err(error) = self.transformer.unload_adapter(backend, slot)
+                {
+                    // Nobody waits for this; what is wrong shows at the next step, unless it is the end.
+                    error.end_process_if_lost();
                 }
             }
         }

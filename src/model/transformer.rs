@@ -270,7 +270,7 @@ impl<B: Backend> Transformer<B> {
                 }
             };
             if let Err(error) = loaded {
-                self.unload_adapter(backend, slot);
+                self.unload_adapter(backend, slot)?;
                 return Err(error.into());
             }
         }
@@ -278,8 +278,11 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// Empties an expert slot.
-    pub fn unload_adapter(&mut self, backend: &mut B, slot: usize) {
-        backend.unload_expert(&mut self.groups, &mut self.embed_tokens, slot);
+    ///
+    /// # Errors
+    /// When the backend fails.
+    pub fn unload_adapter(&mut self, backend: &mut B, slot: usize) -> Result<(), BackendError> {
+        backend.unload_expert(&mut self.groups, &mut self.embed_tokens, slot)
     }
 
     /// Runs all blocks over the step's rows, storing their keys and values; the hidden states stay in `workspace`.

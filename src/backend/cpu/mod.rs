@@ -152,10 +152,16 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn unload_expert(&mut self, groups: &mut [Group], table: &mut Site, slot: usize) {
+    fn unload_expert(
+        &mut self,
+        groups: &mut [Group],
+        table: &mut Site,
+        slot: usize,
+    ) -> Result<(), BackendError> {
         for site in groups.iter_mut().flat_map(|group| &mut group.0).chain([table]) {
             site.experts.unload(slot);
         }
+        Ok(())
     }
 
     fn rotary(&self, tables: RotaryTables) -> Result<RotaryTables, BackendError> {

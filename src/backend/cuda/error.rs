@@ -22,6 +22,10 @@ impl ResultCode {
         self.0 as u32
     }
 
+    pub(super) fn raw(self) -> CUresult {
+        self.0
+    }
+
     /// Whether this code is sticky: every later call on the context returns it again, in this process.
     pub fn is_lost(self) -> bool {
         use CUresult::*;

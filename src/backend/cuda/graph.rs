@@ -3,10 +3,10 @@
 use std::ptr;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUstreamCaptureMode as Mode};
+use cudarc::driver::sys::{self, CUresult, CUstreamCaptureMode as Mode};
 
 use super::error::check;
-use super::{CudaError, Device, Stream};
+use super::{CudaError, Device, ResultCode, Stream};
 
 /// Work that was captured from a stream.
 ///
@@ -31,28 +31,23 @@ impl Stream {
     /// # Errors
     /// The error of `work`; or the driver's, when the capture has been spoilt.
     pub fn capture(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Graph, CudaError> {
+        let capture = self.start_capture()?;
+        let worked = work();
+        let captured = capture.finish(self);
+        worked?;
+        captured
+    }
+
+    /// Captures what is queued on this stream until [`Capture::finish`]; see [`capture`](Self::capture).
+    pub(super) fn start_capture(&self) -> Result<Capture, CudaError> {
         self.device().bind()?;
         // Only this thread is held to the rules of captures: others may allocate meanwhile.
         let mode = Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is alive.
         let result = unsafe { sys::cuStreamBeginCapture_v2(self.handle(), mode) };
         self.check(result, "starting a capture")?;
-        let mut capture = Capture { stream: self, open: true };
-        let before = self.launches();
-        let worked = work();
-        let captured = capture.end();
-        worked?;
-        let template = captured?;
-
-        let mut handle = ptr::null_mut();
-        // SAFETY: writes one handle; the template is alive.
-        let result = unsafe { sys::cuGraphInstantiateWithFlags(&mut handle, template.0, 0) };
-        check(result, || "making a graph".to_owned())?;
-        let name = format!("a graph of {} kernels", self.launches() - before).into();
-        let graph = Graph { device: Arc::clone(self.device()), handle, name };
-        // SAFETY: both handles are alive.
-        self.check(unsafe { sys::cuGraphUpload(graph.handle, self.handle()) }, "uploading a graph")?;
-        Ok(graph)
+        let device = Arc::clone(self.device());
+        Ok(Capture { device, stream: self.handle(), open: true, before: self.launches() })
     }
 }
 
@@ -81,28 +76,47 @@ impl Drop for Graph {
     }
 }
 
-/// A stream that is capturing; also where `work` panics, the capture is ended.
-struct Capture<'a> {
-    stream: &'a Stream,
+/// A stream that is capturing. Dropped, also by a panic, it ends the capture; it must not outlive the stream.
+pub(super) struct Capture {
+    device: Arc<Device>,
+    stream: sys::CUstream,
     open: bool,
+    before: usize,
 }
 
-impl Capture<'_> {
-    fn end(&mut self) -> Result<Template, CudaError> {
+impl Capture {
+    /// The graph of what was queued on `stream`, the one that is capturing, since the start.
+    pub fn finish(mut self, stream: &Stream) -> Result<Graph, CudaError> {
+        assert_eq!(self.stream, stream.handle(), "a capture of another stream");
+        let (result, template) = self.end();
+        stream.check(result, "ending a capture")?;
+        let mut handle = ptr::null_mut();
+        // SAFETY: writes one handle; the template is alive.
+        let result = unsafe { sys::cuGraphInstantiateWithFlags(&mut handle, template.0, 0) };
+        check(result, || "making a graph".to_owned())?;
+        let name = format!("a graph of {} kernels", stream.launches() - self.before).into();
+        let graph = Graph { device: Arc::clone(&self.device), handle, name };
+        // SAFETY: both handles are alive.
+        stream.check(unsafe { sys::cuGraphUpload(graph.handle, stream.handle()) }, "uploading a graph")?;
+        Ok(graph)
+    }
+
+    fn end(&mut self) -> (CUresult, Template) {
         self.open = false;
-        self.stream.device().bind()?;
         let mut template = Template(ptr::null_mut());
-        // SAFETY: writes one handle, null where the capture is spoilt.
-        let result = unsafe { sys::cuStreamEndCapture(self.stream.handle(), &mut template.0) };
-        self.stream.check(result, "ending a capture")?;
-        Ok(template)
+        if let Err(error) = self.device.bind() {
+            return (error.code().map_or(CUresult::CUDA_ERROR_INVALID_CONTEXT, ResultCode::raw), template);
+        }
+        // SAFETY: writes one handle, null where the capture is spoilt; the stream is alive.
+        let result = unsafe { sys::cuStreamEndCapture(self.stream, &mut template.0) };
+        (result, template)
     }
 }
 
-impl Drop for Capture<'_> {
+impl Drop for Capture {
     fn drop(&mut self) {
         if self.open {
-            // A panic is on its way, which says more than this could.
+            // An error or a panic is on its way, which says more than this could.
             let _ = self.end();
         }
     }

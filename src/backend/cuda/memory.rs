@@ -51,8 +51,9 @@ impl Drop for Allocation {
     }
 }
 
-/// `len` elements in device memory, not initialised. Freed on drop: not while work that uses it is queued, and not
-/// within a capture.
+/// `len` elements in device memory, not initialised. A clone is the same memory, which is freed with the last: not while
+/// work that uses it is queued, and not within a capture.
+#[derive(Clone)]
 pub struct DeviceBuffer<T> {
     allocation: Arc<Allocation>,
     address: u64,

@@ -47,6 +47,7 @@
 //! place that ends it.
 
 pub mod attention;
+mod backend;
 mod device;
 pub mod elementwise;
 mod error;
@@ -61,6 +62,7 @@ pub mod params;
 mod stream;
 mod tensor_map;
 
+pub use backend::{Buffer, Cuda, GroupId, KvCache, MemoryOptions, Recorded, Weight};
 pub use device::{Device, Properties};
 pub use error::{CudaError, LOST_EXIT_CODE, ResultCode};
 pub use event::Event;

@@ -35,7 +35,8 @@ pub struct LookupExperts<'a> {
 }
 
 impl ElementwiseKernels {
-    /// `y[row] = table[token[row]] + Σ gate · scale · B · A[:, token[row]]` in fp32, rounded once.
+    /// `y[i] = table[token[first + i]] + Σ gate · scale · B · A[:, token[first + i]]` in fp32, rounded once, for `count`
+    /// rows of the step from `first` on; experts only from the first row on.
     ///
     /// # Errors
     /// [`CudaError::Shape`] when the table is smaller than the step's vocabulary, or buffers than they have to be.
@@ -44,12 +45,21 @@ impl ElementwiseKernels {
         stream: &Stream,
         table: &EmbeddingTable<'_>,
         steps: &StepRows,
+        first: usize,
         count: RowCount<'_>,
         y: Matrix<'_>,
     ) -> Result<(), CudaError> {
         let EmbeddingTable { weight, vocabulary, width, experts } = *table;
         check_rows("y", y, count.bound, width)?;
         count.check(Some(steps))?;
+        if first + count.bound > steps.limits().rows || first > 0 && experts.is_some() {
+            return Err(CudaError::Shape(format!(
+                "a lookup of {} rows from row {first} on of {}, with experts: {}",
+                count.bound,
+                steps.limits().rows,
+                experts.is_some()
+            )));
+        }
         if weight.len() != vocabulary * width || vocabulary < steps.limits().vocabulary {
             return Err(CudaError::Shape(format!(
                 "an embedding table of {} elements for {vocabulary} tokens of {width}, with steps of {} tokens",
@@ -59,7 +69,7 @@ impl ElementwiseKernels {
         }
         let mut params = EmbedParams {
             table: weight.address(),
-            tokens: steps.tokens().address(),
+            tokens: steps.tokens().slice(first..).address(),
             y: y.data.address(),
             rows: count.count.address(),
             vocabulary: vocabulary as u32,

@@ -114,6 +114,28 @@ impl StepRows {
         stream.record(&self.copied)
     }
 
+    /// Goes on with these rows of the step that was [set](Self::set) last.
+    ///
+    /// Queues copies and does not wait for them; waits for those before, if they are not done.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`] for more rows than there is room for, or that the step does not have.
+    pub fn set_picked(&mut self, stream: &Stream, picked: &[u32]) -> Result<(), CudaError> {
+        if picked.len() > self.limits.picked {
+            return shape(format!("{} picked rows, there is room for {}", picked.len(), self.limits.picked));
+        }
+        below("picked row", picked, self.counts.host[0] as usize)?;
+        self.copied.synchronize()?;
+        self.counts.host[1] = picked.len() as u32;
+        self.picked.host[..picked.len()].copy_from_slice(picked);
+        // SAFETY: as in `set`.
+        unsafe {
+            self.counts.send(stream, 2)?;
+            self.picked.send(stream, picked.len())?;
+        }
+        stream.record(&self.copied)
+    }
+
     /// What every step is within.
     pub fn limits(&self) -> &StepLimits {
         &self.limits

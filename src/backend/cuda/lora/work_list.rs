@@ -21,8 +21,17 @@ pub struct WorkList {
     gates: DeviceBuffer<f32>,
     staging: Staging,
     event: Event,
-    /// Slots of the tile in hand, with their order.
+    /// Seats of the tile in hand, after their order.
     tile: Vec<(u64, u32)>,
+}
+
+/// Where steps find an expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seated {
+    /// Its slot in every arena.
+    pub seat: u32,
+    /// See [`LowRank::order`](super::LowRank::order).
+    pub order: u64,
 }
 
 #[derive(Debug)]
@@ -52,7 +61,7 @@ impl WorkList {
         })
     }
 
-    /// Takes the rows of the next step; `order_of` gives the order of the expert in a slot.
+    /// Takes the rows of the next step; `seated` says where an expert of the gates is. One that is nowhere changes nothing.
     ///
     /// Queues two copies and does not wait for them; waits for the copies of the step before, if they are not done.
     ///
@@ -62,10 +71,10 @@ impl WorkList {
         &mut self,
         stream: &Stream,
         gates: &Gates,
-        order_of: impl Fn(u32) -> u64,
+        seated: impl Fn(u32) -> Option<Seated>,
     ) -> Result<(), CudaError> {
         self.event.synchronize()?;
-        let entries = self.fill(gates, order_of)?;
+        let entries = self.fill(gates, seated)?;
         let numbers = self.first_slot() + entries;
         let Staging { numbers: from_numbers, gates: from_gates } = &self.staging;
         // SAFETY: page-locked memory of `self`, written next after the event behind the copies has been waited for.
@@ -92,7 +101,7 @@ impl WorkList {
     }
 
     /// Writes the staging memory and returns the number of entries.
-    fn fill(&mut self, gates: &Gates, order_of: impl Fn(u32) -> u64) -> Result<usize, CudaError> {
+    fn fill(&mut self, gates: &Gates, seated: impl Fn(u32) -> Option<Seated>) -> Result<usize, CudaError> {
         let rows = gates.rows();
         if rows > self.max_rows {
             return Err(CudaError::Shape(format!("{rows} rows in a work list for {}", self.max_rows)));
@@ -113,7 +122,8 @@ impl WorkList {
 
             self.tile.clear();
             for run in of_tile.clone() {
-                self.tile.extend(gates.experts_of(run).iter().map(|&slot| (order_of(slot), slot)));
+                let experts = gates.experts_of(run).iter().filter_map(|&expert| seated(expert));
+                self.tile.extend(experts.map(|Seated { seat, order }| (order, seat)));
             }
             self.tile.sort_unstable();
             self.tile.dedup();
@@ -124,13 +134,14 @@ impl WorkList {
                 )));
             }
 
-            for (i, &(_, slot)) in self.tile.iter().enumerate() {
-                numbers[first_slot + entries + i] = slot;
+            for (i, &(_, seat)) in self.tile.iter().enumerate() {
+                numbers[first_slot + entries + i] = seat;
             }
             values[entries * TILE..(entries + self.tile.len()) * TILE].fill(0.0);
             for run in of_tile {
-                for (i, &slot) in gates.experts_of(run).iter().enumerate() {
-                    let place = self.tile.binary_search(&(order_of(slot), slot));
+                for (i, &expert) in gates.experts_of(run).iter().enumerate() {
+                    let Some(Seated { seat, order }) = seated(expert) else { continue };
+                    let place = self.tile.binary_search(&(order, seat));
                     let entry = entries + place.expect("all experts of the tile are in its list");
                     for row in run.rows.start.max(tile_rows.start)..run.rows.end.min(tile_rows.end) {
                         values[entry * TILE + row - tile_rows.start] = gates.gates_of(run, row)[i];

@@ -1,0 +1,506 @@
+//! The operations of a forward pass on a GPU: the launches of this module's kernels behind the trait that the
+//! transformer is written for.
+//!
+//! Activations, weights and the cache are bf16, sums fp32, logits fp32. All work goes to one stream and nothing but
+//! reading logits waits for it. What a step says about its rows and their experts is copied to fixed places first
+//! ([`Steps`](steps::Steps)); the launches of the blocks read it there, so those of a step without long prompts are
+//! captured once for each [number of rows](steps) and replayed for every mix of adapters.
+//!
+//! # Launches
+//!
+//! A decoder block of a replayed step is eight: norm, `q·k·v`, rotation and store, attention, `o` with the residual,
+//! norm, `gate·up` with SwiGLU, `down` with the residual. Up to 64 rows a product computes V itself, LoRA included;
+//! for more rows each of the four has a shrink launch before it. A step begins with one launch for the chunk lists and
+//! one for the embeddings, and ends with rows, norm and `lm_head`.
+
+mod buffer;
+mod steps;
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+
+use bytemuck::cast_slice;
+use half::bf16;
+
+use super::attention::{AttentionInputs, AttentionKernels};
+use super::elementwise::{BlockPages, EmbeddingTable, ElementwiseKernels, HeadNormWeights, Rotary};
+use super::experts::ExpertMemory;
+use super::lora::{ChunkArena, Epilogue, FrozenLayer, LoraKernels, LowRank, Seated, Site, SiteGroup};
+use super::{CudaError, Device, DeviceBuffer, Graph, Matrix, Stream};
+use crate::backend::{
+    AttentionShape, Backend, BackendError, ExpertWeights, FrozenLinear, Gates, HeadNorms, RotaryTables, Rows,
+    SiteChange, StepLimits, Write,
+};
+use crate::tensor::Tensor;
+use buffer::rounded;
+use steps::Steps;
+
+pub use buffer::{Buffer, KvCache, Weight};
+
+/// The part of what is left for a cache that goes to the lists and partial results of steps.
+const LISTS_SHARE: usize = 16;
+
+/// How a GPU's memory is divided.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MemoryOptions {
+    /// Share of the whole memory that may be taken, 0 to 1.
+    pub utilization: f32,
+    /// Adapters that are on the device at a time.
+    pub seats: usize,
+    /// Largest rank of an adapter at a site.
+    pub max_rank: usize,
+    /// Rank chunks of each site, for all seats together.
+    pub chunks: usize,
+}
+
+/// A GPU as a place for one model.
+pub struct Cuda {
+    device: Arc<Device>,
+    stream: Stream,
+    lora: LoraKernels,
+    elementwise: ElementwiseKernels,
+    attention: AttentionKernels,
+    memory: MemoryOptions,
+    groups: Vec<SiteGroup>,
+    experts: ExpertMemory,
+    /// Weights that an expert puts in the place of a frozen one, by expert and group.
+    replaced: HashMap<(u32, usize), Weight>,
+    /// Hashes of what experts have brought so far.
+    orders: HashMap<u32, u64>,
+    steps: Option<Steps>,
+    /// Counts calls of `reserve`: launches that were recorded before the last are of no use.
+    reserved: u64,
+    /// Where logits are read.
+    host: Vec<f32>,
+    wanted: Vec<u32>,
+}
+
+/// The number of a site group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupId(usize);
+
+/// Graphs by the number of rows that they serve.
+#[derive(Debug, Default)]
+pub struct Recorded {
+    /// What the graphs were captured under.
+    state: [u64; 2],
+    graphs: BTreeMap<usize, Graph>,
+}
+
+impl Cuda {
+    /// Opens a device with the kernels of this build.
+    ///
+    /// # Errors
+    /// Those of [`Device::open`].
+    pub fn open(ordinal: usize, memory: MemoryOptions) -> Result<Self, BackendError> {
+        Ok(Self::on(&Device::open(ordinal)?, memory)?)
+    }
+
+    /// On a device that is open.
+    ///
+    /// # Errors
+    /// [`CudaError::UnknownKernel`] when it was opened without this build's kernels.
+    pub fn on(device: &Arc<Device>, memory: MemoryOptions) -> Result<Self, CudaError> {
+        Ok(Self {
+            stream: device.stream()?,
+            lora: LoraKernels::new(device)?,
+            elementwise: ElementwiseKernels::new(device)?,
+            attention: AttentionKernels::new(device)?,
+            memory,
+            groups: Vec::new(),
+            experts: ExpertMemory::new(device, memory.seats)?,
+            replaced: HashMap::new(),
+            orders: HashMap::new(),
+            steps: None,
+            reserved: 0,
+            host: Vec::new(),
+            wanted: Vec::new(),
+            device: Arc::clone(device),
+        })
+    }
+
+    /// The experts of the model, on the device and beside it.
+    pub fn experts(&self) -> &ExpertMemory {
+        &self.experts
+    }
+
+    /// Blocks until everything queued so far is done.
+    ///
+    /// # Errors
+    /// What a kernel has failed with.
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        self.stream.synchronize()
+    }
+
+    /// An arena for the experts of a site.
+    fn arena(&self, in_features: usize, out_features: usize, lookup: bool) -> Result<ChunkArena, CudaError> {
+        let MemoryOptions { seats, max_rank, chunks, .. } = self.memory;
+        let arena = if lookup { ChunkArena::for_lookup } else { ChunkArena::new };
+        arena(&self.stream, [in_features, out_features], chunks, seats, max_rank)
+    }
+
+    fn add_group(&mut self, sites: Vec<Site>) -> Result<GroupId, BackendError> {
+        // Made for no rows as yet: `reserve` knows how many there can be.
+        let chunks_per_tile = sites.len() * self.memory.chunks;
+        self.groups.push(SiteGroup::new(&self.device, sites, 0, chunks_per_tile)?);
+        Ok(GroupId(self.groups.len() - 1))
+    }
+
+    /// Lays out what an expert changes at a site `[out, in]`, of a group's row of `padded` inputs and outputs.
+    fn stage(
+        &mut self,
+        group: usize,
+        site: usize,
+        expert: u32,
+        weights: &ExpertWeights,
+    ) -> Result<(), CudaError> {
+        let arena = &self.groups[group].sites()[site].chunks;
+        let [in_features, out_features] = [arena.in_features(), arena.out_features()];
+        let rank = weights.a.shape()[0];
+        let a = rounded(&weights.a, if rank == 0 { weights.a.shape()[1] } else { in_features });
+        let mut b = rounded(&weights.b, rank);
+        // A lookup's rows are padded like those of activations.
+        b.resize(out_features * rank, bf16::ZERO);
+        let order = self.orders.entry(expert).or_default();
+        let mut hasher = DefaultHasher::new();
+        (*order, rank, weights.scale.to_bits()).hash(&mut hasher);
+        hasher.write(cast_slice(&a));
+        hasher.write(cast_slice(&b));
+        *order = hasher.finish();
+        let pair = LowRank {
+            rank,
+            a: &a,
+            b: &b,
+            scale: weights.scale,
+            column_scale: weights.column_scale.as_deref(),
+            bias: weights.bias.as_deref(),
+            order: *order,
+        };
+        self.experts.stage(&mut self.groups, expert, [group, site], &pair)
+    }
+
+    fn change(
+        &mut self,
+        group: usize,
+        site: usize,
+        slot: usize,
+        change: &SiteChange,
+    ) -> Result<(), BackendError> {
+        let expert = slot as u32;
+        match change {
+            SiteChange::LowRank(weights) => self.stage(group, site, expert, weights)?,
+            SiteChange::Replace(weight) => {
+                if self.groups[group].sites().len() > 1 {
+                    let what = "a whole weight for one of several layers that run together";
+                    return Err(CudaError::Shape(what.to_owned()).into());
+                }
+                let weight = Weight::new(&self.stream, weight)?;
+                self.replaced.insert((expert, group), weight);
+            }
+        }
+        Ok(())
+    }
+
+    fn steps(&self) -> Result<&Steps, CudaError> {
+        self.steps.as_ref().ok_or_else(|| CudaError::Shape("an operation before any step".to_owned()))
+    }
+
+    /// The product of a group for the rows in hand, and then again for those whose expert replaces its weight.
+    fn product(
+        &self,
+        &GroupId(index): &GroupId,
+        x: &Buffer,
+        gates: &Gates,
+        epilogue: Epilogue<'_>,
+        y: &Buffer,
+    ) -> Result<(), CudaError> {
+        let (steps, group) = (self.steps()?, &self.groups[index]);
+        self.lora.linear(&self.stream, group, x.matrix()?, y.outputs(0), epilogue, &steps.products())?;
+        for (weight, first, rows) in self.replaced_rows(index, gates) {
+            let site = &group.sites()[0];
+            let layer = FrozenLayer {
+                weight: weight.data.slice(..),
+                bias: site.bias.as_ref().map(|bias| bias.slice(..)),
+                in_features: weight.stride,
+                out_features: weight.rows,
+            };
+            let x = x.matrix()?.from_row(first);
+            let rows = steps.count_of(rows);
+            self.lora.frozen_product(&self.stream, layer, x, y.outputs(first), rows, steps.scratch())?;
+        }
+        Ok(())
+    }
+
+    /// Runs of rows whose expert replaces a group's weight: that weight, the first row, and how many they are.
+    fn replaced_rows(&self, group: usize, gates: &Gates) -> impl Iterator<Item = (&Weight, usize, usize)> {
+        let runs = if self.replaced.is_empty() { &[] } else { gates.runs() };
+        runs.iter().filter_map(move |run| match *gates.experts_of(run) {
+            // Such an adapter is never one of several.
+            [expert] => {
+                let weight = self.replaced.get(&(expert, group))?;
+                Some((weight, run.rows.start, run.rows.len()))
+            }
+            _ => None,
+        })
+    }
+
+    /// What captured launches were made for: they serve no other state.
+    fn state(&self) -> [u64; 2] {
+        [self.reserved, self.experts.generation()]
+    }
+}
+
+/// Where steps find an expert; nowhere where it changes nothing by ranks or columns.
+fn seat_of(experts: &ExpertMemory, expert: u32) -> Option<Seated> {
+    Some(Seated { seat: experts.seat(expert)?, order: experts.order(expert)? })
+}
+
+impl Backend for Cuda {
+    const CACHE_ELEMENT_BYTES: usize = size_of::<bf16>();
+
+    type Weight = Weight;
+    type Vector = DeviceBuffer<f32>;
+    type Buffer = Buffer;
+    type Group = GroupId;
+    type Table = GroupId;
+    type Rotary = Rotary;
+    type KvCache = KvCache;
+    type Recorded = Recorded;
+
+    fn weight(&self, tensor: &Tensor) -> Result<Weight, BackendError> {
+        Ok(Weight::new(&self.stream, tensor)?)
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<DeviceBuffer<f32>, BackendError> {
+        let buffer = DeviceBuffer::new(&self.device, values.len(), "a vector of weights")?;
+        self.stream.upload(&values, &buffer)?;
+        Ok(buffer)
+    }
+
+    fn buffer(&self, rows: usize, width: usize) -> Result<Buffer, BackendError> {
+        Ok(Buffer::half(&self.stream, rows, width)?)
+    }
+
+    fn logits_buffer(&self, rows: usize, width: usize) -> Result<Buffer, BackendError> {
+        Ok(Buffer::single(&self.device, rows, width)?)
+    }
+
+    fn group(&mut self, sites: Vec<FrozenLinear<Self>>) -> Result<GroupId, BackendError> {
+        let site = |FrozenLinear { weight, bias }: FrozenLinear<Self>| {
+            let chunks = self.arena(weight.stride, weight.rows, false)?;
+            Ok(Site { weight: weight.data, bias, chunks })
+        };
+        let sites = sites.into_iter().map(site).collect::<Result<_, CudaError>>()?;
+        self.add_group(sites)
+    }
+
+    fn table(&mut self, weight: Weight) -> Result<GroupId, BackendError> {
+        let chunks = self.arena(weight.rows, weight.stride, true)?;
+        self.add_group(vec![Site { weight: weight.data, bias: None, chunks }])
+    }
+
+    fn rotary(&self, tables: RotaryTables) -> Result<Rotary, BackendError> {
+        Ok(Rotary::new(&self.stream, &tables)?)
+    }
+
+    fn kv_cache(&self, blocks: usize, pages: usize, shape: AttentionShape) -> Result<KvCache, BackendError> {
+        Ok(KvCache::new(&self.device, blocks, pages, shape)?)
+    }
+
+    fn cache_room(&self, _limits: &StepLimits) -> Result<Option<usize>, BackendError> {
+        let total = self.device.properties().total_bytes as f64;
+        let spared = (total * (1.0 - f64::from(self.memory.utilization))) as usize;
+        let room = self.device.free_bytes()?.saturating_sub(spared);
+        Ok(Some(room - room / LISTS_SHARE))
+    }
+
+    fn reserve(&mut self, limits: &StepLimits) -> Result<(), BackendError> {
+        // What is there now goes first: both need not fit beside each other.
+        self.stream.synchronize()?;
+        self.steps = None;
+        self.reserved += 1;
+        for group in &mut self.groups {
+            group.reserve(&self.device, limits.rows.max(limits.picked))?;
+        }
+        self.steps = Some(Steps::new(&self.stream, &self.groups, limits, self.memory.seats)?);
+        Ok(())
+    }
+
+    fn load_expert(
+        &mut self,
+        group: &mut GroupId,
+        site: usize,
+        slot: usize,
+        change: &SiteChange,
+    ) -> Result<(), BackendError> {
+        self.change(group.0, site, slot, change)
+    }
+
+    fn load_table_expert(
+        &mut self,
+        table: &mut GroupId,
+        slot: usize,
+        change: &SiteChange,
+    ) -> Result<(), BackendError> {
+        self.change(table.0, 0, slot, change)
+    }
+
+    fn unload_expert(
+        &mut self,
+        _groups: &mut [GroupId],
+        _table: &mut GroupId,
+        slot: usize,
+    ) -> Result<(), BackendError> {
+        let expert = slot as u32;
+        self.orders.remove(&expert);
+        self.replaced.retain(|&(of, _), _| of != expert);
+        Ok(self.experts.remove(&mut self.groups, expert)?)
+    }
+
+    fn bring_experts(&mut self, wanted: &[u32], kept: &[u32]) -> Result<bool, BackendError> {
+        let Self { experts, wanted: staged, .. } = self;
+        // One that only replaces whole weights has nothing to bring.
+        staged.clear();
+        staged.extend(wanted.iter().filter(|&&expert| experts.order(expert).is_some()));
+        Ok(experts.bring(&mut self.groups, staged, kept, &self.stream)?)
+    }
+
+    fn begin_step(&mut self, rows: &Rows) -> Result<(), BackendError> {
+        let Self { stream, lora, steps, experts, .. } = self;
+        let steps = steps.as_mut().ok_or_else(|| CudaError::Shape("a step without a workspace".to_owned()))?;
+        Ok(steps.begin(stream, lora, rows, |expert| seat_of(experts, expert))?)
+    }
+
+    fn record(
+        &mut self,
+        recorded: &mut Recorded,
+        work: impl FnOnce(&mut Self) -> Result<(), BackendError>,
+    ) -> Result<(), BackendError> {
+        let Some(rows) = self.steps()?.graph_rows() else { return work(self) };
+        let state = self.state();
+        if recorded.state != state {
+            *recorded = Recorded { state, graphs: BTreeMap::new() };
+        }
+        if !recorded.graphs.contains_key(&rows) {
+            let capture = self.stream.start_capture()?;
+            let worked = work(self);
+            let graph = capture.finish(&self.stream);
+            worked?;
+            recorded.graphs.insert(rows, graph?);
+        }
+        // SAFETY: what was captured is the model's own memory and that of its workspace, which owns `recorded`; the rest
+        // belongs to `self`, and has not changed since `state`.
+        Ok(unsafe { recorded.graphs[&rows].launch(&self.stream) }?)
+    }
+
+    fn embed(&mut self, table: &GroupId, rows: &Rows, y: &mut Buffer) -> Result<(), BackendError> {
+        let (steps, y) = (self.steps()?, y.matrix()?);
+        let table_of = self.groups[table.0].lookup(steps.work())?;
+        self.elementwise.embed(&self.stream, &table_of, &steps.rows, 0, steps.count(), y)?;
+        for (weight, first, count) in self.replaced_rows(table.0, &rows.gates) {
+            let own = EmbeddingTable { weight: weight.data.slice(..), experts: None, ..table_of };
+            let (count, y) = (steps.count_of(count), y.from_row(first));
+            self.elementwise.embed(&self.stream, &own, &steps.rows, first, count, y)?;
+        }
+        Ok(())
+    }
+
+    fn rms_norm(
+        &mut self,
+        x: &Buffer,
+        _rows: usize,
+        weight: &DeviceBuffer<f32>,
+        epsilon: f32,
+        y: &mut Buffer,
+    ) -> Result<(), BackendError> {
+        let (x, count, y) = (x.matrix()?, self.steps()?.count(), y.matrix()?);
+        Ok(self.elementwise.rms_norm(&self.stream, x, weight.slice(..), epsilon, count, y)?)
+    }
+
+    fn linear(
+        &mut self,
+        group: &GroupId,
+        x: &Buffer,
+        gates: &Gates,
+        write: Write,
+        y: &mut Buffer,
+    ) -> Result<(), BackendError> {
+        let epilogue = match write {
+            Write::Replace => Epilogue::Store,
+            Write::Add => Epilogue::AddResidual(y.matrix()?.data),
+        };
+        Ok(self.product(group, x, gates, epilogue, y)?)
+    }
+
+    fn linear_swiglu(
+        &mut self,
+        group: &GroupId,
+        x: &Buffer,
+        gates: &Gates,
+        y: &mut Buffer,
+    ) -> Result<(), BackendError> {
+        Ok(self.product(group, x, gates, Epilogue::SwiGlu, y)?)
+    }
+
+    fn rope_store(
+        &mut self,
+        qkv: &mut Buffer,
+        shape: AttentionShape,
+        norms: Option<HeadNorms<'_, Self>>,
+        tables: &Rotary,
+        _rows: &Rows,
+        cache: &mut KvCache,
+        block: usize,
+    ) -> Result<(), BackendError> {
+        let steps = self.steps()?;
+        let [keys, values] = cache.block(block);
+        let norms = norms.map(|HeadNorms { q, k, epsilon }| {
+            let (q, k) = (q.slice(..), k.slice(..));
+            HeadNormWeights { q, k, epsilon }
+        });
+        let (qkv, pages) = (qkv.matrix()?, BlockPages { keys, values });
+        let count = steps.count();
+        Ok(self.elementwise.rope_store(&self.stream, qkv, shape, norms, tables, pages, &steps.rows, count)?)
+    }
+
+    fn attention(
+        &mut self,
+        qkv: &Buffer,
+        window: Option<usize>,
+        _rows: &Rows,
+        cache: &KvCache,
+        block: usize,
+        y: &mut Buffer,
+    ) -> Result<(), BackendError> {
+        let [keys, values] = cache.block(block);
+        let (Matrix { data: q, stride: q_stride }, Matrix { data: y, stride: y_stride }) =
+            (qkv.matrix()?, y.matrix()?);
+        let inputs = AttentionInputs { q, q_stride, keys, values, y, y_stride, window };
+        Ok(self.attention.attention(&self.stream, &inputs, &self.steps()?.attention())?)
+    }
+
+    fn pick_rows(
+        &mut self,
+        x: &Buffer,
+        picked: &[u32],
+        gates: &Gates,
+        y: &mut Buffer,
+    ) -> Result<(), BackendError> {
+        let Self { stream, lora, steps, experts, elementwise, .. } = self;
+        let steps = steps.as_mut().ok_or_else(|| CudaError::Shape("rows of no step".to_owned()))?;
+        steps.pick(stream, lora, picked, gates, |expert| seat_of(experts, expert))?;
+        let (count, width) = (steps.count(), x.width);
+        Ok(elementwise.pick_rows(stream, x.matrix()?, width, &steps.rows, count, y.matrix()?)?)
+    }
+
+    fn read<'a>(&'a mut self, x: &'a Buffer, rows: usize) -> Result<&'a [f32], BackendError> {
+        let logits = x.logits()?.slice(..rows * x.stride);
+        self.host.resize(logits.len(), 0.0);
+        self.stream.download(logits, &mut self.host)?;
+        if self.steps()?.take_overflow(&self.stream)? {
+            return Err(CudaError::Shape("a step used more rank chunks than there is room for".to_owned()).into());
+        }
+        Ok(&self.host)
+    }
+}
