@@ -53,6 +53,7 @@ fn logits(backend: &mut Cpu, transformer: &Transformer<Cpu>, batch: &[(usize, &[
     backend.scope(|backend| {
         transformer.forward(backend, &rows, &mut cache, &mut activations);
         let all = transformer.logits(backend, &rows, &picked, &mut activations);
+        let all = backend.read(all, picked.len());
         let vocabulary = transformer.config().vocab_size;
         let range = |s: &loramux::backend::SequenceRows| s.rows.start * vocabulary..s.rows.end * vocabulary;
         rows.sequences.iter().map(|sequence| all[range(sequence)].to_vec()).collect()

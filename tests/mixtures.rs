@@ -62,7 +62,8 @@ impl Model {
         let picked: Vec<u32> = (0..prompt.len() as u32).collect();
         backend.scope(|backend| {
             transformer.forward(backend, &rows, &mut cache, &mut activations);
-            transformer.logits(backend, &rows, &picked, &mut activations).to_vec()
+            let logits = transformer.logits(backend, &rows, &picked, &mut activations);
+            backend.read(logits, picked.len()).to_vec()
         })
     }
 

@@ -10,10 +10,12 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod rows;
+pub mod sampling;
 
 use thiserror::Error;
 
 use crate::tensor::Tensor;
+use sampling::{Draw, Drawn};
 
 pub use rows::{GateRun, Gates, Rows, SequenceRows};
 
@@ -214,6 +216,16 @@ pub trait Backend: Sized + Send + 'static {
 
     /// `y[i] = x[picked[i]]`.
     fn pick_rows(&mut self, x: &Self::Buffer, picked: &[u32], y: &mut Self::Buffer);
+
+    /// One result in `drawn` for each of `draws`, from rows of `logits` `[rows, vocabulary]`; see [`sampling`].
+    ///
+    /// A draw that fails is its own result: neither the others nor the operation fail with it.
+    fn sample(
+        &mut self,
+        logits: &Self::Buffer,
+        draws: &[Draw<'_>],
+        drawn: &mut Vec<Drawn>,
+    ) -> Result<(), BackendError>;
 
     /// The first `rows` rows on the host.
     fn read<'a>(&'a self, x: &'a Self::Buffer, rows: usize) -> &'a [f32];

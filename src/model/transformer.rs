@@ -240,14 +240,14 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// Logits `[picked, vocabulary]` of some of the last step's rows (ascending, at most as many as `activations` has
-    /// room for).
+    /// room for), where the backend can go on with them.
     pub fn logits<'a>(
         &self,
-        backend: &'a mut B,
+        backend: &mut B,
         rows: &Rows,
         picked: &[u32],
         activations: &'a mut Activations<B>,
-    ) -> &'a [f32] {
+    ) -> &'a B::Buffer {
         let Activations { hidden, normed, picked: chosen, logits, picked_gates, logit_rows, .. } =
             activations;
         assert!(picked.len() <= *logit_rows, "more rows than the buffer has room for");
@@ -255,6 +255,6 @@ impl<B: Backend> Transformer<B> {
         rows.gates.pick(picked, picked_gates);
         backend.rms_norm(chosen, picked.len(), &self.final_norm, self.config.rms_norm_eps, normed);
         backend.linear(&self.groups[self.lm_head], normed, picked_gates, Write::Replace, logits);
-        backend.read(logits, picked.len())
+        logits
     }
 }
