@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use common::Case;
 use loramux::adapter::peft::{Limits, read_adapter};
 use loramux::backend::cpu::Cpu;
+use loramux::backend::sampling::{Draw, Drawn, Sampler, SamplingParams, TokenSource};
 use loramux::backend::{Backend, BackendError, PAGE, Rows};
 use loramux::model::{Base, Transformer, Workspace, WorkspaceSize};
 
@@ -67,6 +68,8 @@ static ALLOCATOR: Counting = Counting;
 
 /// Tokens of every sequence at the end.
 const LENGTH: usize = 64;
+/// Sequences of a step, at most.
+const MOST_SEQUENCES: usize = 12;
 /// Decodings from an empty cache that may pass until nothing is left to grow. Scratch memory belongs to a thread and
 /// grows to the longest sequence that the thread has met, so a busy machine can need more than one.
 const WARM_UP: usize = 5;
@@ -81,6 +84,9 @@ struct Decoder {
     mixtures: Vec<Vec<(u32, f32)>>,
     pages: Vec<Vec<u32>>,
     tokens: Vec<u32>,
+    /// One of each sequence, greedy and random ones.
+    samplers: Vec<Sampler>,
+    drawn: Vec<Drawn>,
 }
 
 impl Decoder {
@@ -110,10 +116,33 @@ impl Decoder {
             mixtures,
             pages: pages.chunks(pages_each).map(<[u32]>::to_vec).collect(),
             tokens: (0..count).map(|index| 3 + index as u32).collect(),
+            samplers: Vec::new(),
+            drawn: Vec::with_capacity(count),
         }
     }
 
-    /// Computes the token at `position` of every sequence and picks the most likely next one.
+    /// New samplers, as for new requests, past the first token of each.
+    fn restart(&mut self) {
+        let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let filtered = SamplingParams {
+            top_k: Some(40),
+            top_p: 0.9,
+            min_p: 0.01,
+            repetition_penalty: 1.1,
+            frequency_penalty: 0.1,
+            logit_bias: vec![(5, 1.0)],
+            ..SamplingParams::default()
+        };
+        let params = [greedy, SamplingParams::default(), filtered];
+        self.samplers = (0..self.tokens.len())
+            .map(|index| Sampler::new(&params[index % params.len()], &[3, 4, 5], index as u64, 0, LENGTH + 1))
+            .collect();
+        for sampler in &mut self.samplers {
+            sampler.record(3);
+        }
+    }
+
+    /// Computes the token at `position` of every sequence and draws the next one.
     fn step(&mut self, backend: &mut Cpu, position: usize) {
         self.rows.clear();
         for (index, entries) in self.mixtures.iter().enumerate() {
@@ -122,17 +151,22 @@ impl Decoder {
         }
         self.transformer.forward(backend, &self.rows, &mut self.workspace).unwrap();
         self.transformer.logits(backend, &self.rows, &self.picked, &mut self.workspace).unwrap();
-        let logits = backend.read(self.workspace.logits(), self.picked.len()).unwrap();
-        let vocabulary = self.transformer.config().vocab_size;
-        for (token, logits) in self.tokens.iter_mut().zip(logits.chunks_exact(vocabulary)) {
-            let (best, _) = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
-            *token = best as u32;
+        let samplers = &self.samplers;
+        let draws: [Draw<'_>; MOST_SEQUENCES] = std::array::from_fn(|row| {
+            let sampler = &samplers[row % samplers.len()];
+            Draw { row, token: TokenSource::Sampler { sampler, position, banned: &[2] }, logprobs: Some(0) }
+        });
+        backend.sample(self.workspace.logits(), &draws[..samplers.len()], &mut self.drawn).unwrap();
+        for (index, drawn) in self.drawn.iter().enumerate() {
+            self.tokens[index] = drawn.token.clone().unwrap();
+            self.samplers[index].record(self.tokens[index]);
         }
     }
 }
 
 /// Allocations of decoding from an empty cache to [`LENGTH`] tokens.
 fn allocations(backend: &mut Cpu, decoder: &mut Decoder) -> usize {
+    decoder.restart();
     backend.scope(|backend| {
         COUNT.store(0, Ordering::SeqCst);
         ON.store(true, Ordering::SeqCst);

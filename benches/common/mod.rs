@@ -200,7 +200,8 @@ impl<B: Backend> Bench<B> {
         let Self { transformer, cache, activations, rows, picked, .. } = self;
         backend.scope(|backend| {
             transformer.forward(backend, rows, cache, activations);
-            transformer.logits(backend, rows, picked, activations)[0]
+            let logits = transformer.logits(backend, rows, picked, activations);
+            backend.read(logits, 1)[0]
         })
     }
 }

@@ -10,10 +10,12 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod rows;
+pub mod sampling;
 
 use thiserror::Error;
 
 use crate::tensor::Tensor;
+use sampling::{Draw, Drawn};
 
 pub use rows::{GateRun, Gates, Rows, SequenceRows};
 
@@ -307,6 +309,16 @@ pub trait Backend: Sized + Send + 'static {
         picked: &[u32],
         gates: &Gates,
         y: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+
+    /// One result in `drawn` for each of `draws`, from rows of `logits` `[rows, vocabulary]`; see [`sampling`].
+    ///
+    /// A draw that fails is its own result: neither the others nor the operation fail with it.
+    fn sample(
+        &mut self,
+        logits: &Self::Buffer,
+        draws: &[Draw<'_>],
+        drawn: &mut Vec<Drawn>,
     ) -> Result<(), BackendError>;
 
     /// The first `rows` rows of a buffer of logits, on the host.

@@ -7,7 +7,6 @@
 mod options;
 mod pages;
 pub mod request;
-pub mod sampling;
 mod scheduler;
 mod sequence;
 mod stop;

@@ -1,43 +1,6 @@
 //! What goes into the engine and what comes out of it.
 
-/// How the next token is drawn from the logits. Field meanings and order of application follow vLLM.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SamplingParams {
-    /// 0 picks the most likely token (the lowest id on a tie).
-    pub temperature: f32,
-    /// Keep the smallest set of tokens whose probabilities sum to at least this; 1 keeps all.
-    pub top_p: f32,
-    /// Keep this many most likely tokens; `None` keeps all.
-    pub top_k: Option<usize>,
-    /// Keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
-    pub min_p: f32,
-    /// Subtracted once from the logit of every token generated so far.
-    pub presence_penalty: f32,
-    /// Subtracted per occurrence from the logit of every token generated so far.
-    pub frequency_penalty: f32,
-    /// Divides positive and multiplies negative logits of tokens seen in prompt or output; 1 changes nothing.
-    pub repetition_penalty: f32,
-    /// Added to the logits of these token ids.
-    pub logit_bias: Vec<(u32, f32)>,
-    /// Seeds this request's random stream; `None` takes one from the engine's own seed.
-    pub seed: Option<u64>,
-}
-
-impl Default for SamplingParams {
-    fn default() -> Self {
-        Self {
-            temperature: 1.0,
-            top_p: 1.0,
-            top_k: None,
-            min_p: 0.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            repetition_penalty: 1.0,
-            logit_bias: Vec::new(),
-            seed: None,
-        }
-    }
-}
+pub use crate::backend::sampling::{SamplingParams, TokenLogprobs};
 
 /// When a sequence ends.
 #[derive(Clone, Debug, PartialEq)]
@@ -99,19 +62,6 @@ impl Request {
             skip_special_tokens: true,
         }
     }
-}
-
-/// Log-probabilities at one position, from the raw logits (before temperature and penalties).
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenLogprobs {
-    /// The token at this position.
-    pub token: u32,
-    /// Its natural-log probability.
-    pub logprob: f32,
-    /// How many tokens of the vocabulary are at least as likely (1 = the most likely).
-    pub rank: usize,
-    /// The most likely tokens, best first, as many as were asked for.
-    pub top: Vec<(u32, f32)>,
 }
 
 /// Why a choice ended.

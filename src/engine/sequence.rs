@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 
 use super::request::{Event, FinishReason, Request, TokenLogprobs};
-use super::sampling::{Sampler, token_logprobs};
 use super::stop::StopText;
+use crate::backend::sampling::{Draw, Drawn, Sampler, TokenSource};
 use crate::mixture::Mixture;
 use crate::model::{Detokenizer, Tokenizer};
 
@@ -71,6 +71,9 @@ impl Sequence {
     ) -> Self {
         let NewSequence { id, choice, mixture, seed, events, cancelled } = new;
         let ends = rules.end_tokens.iter().filter(|_| !request.stop.ignore_eos);
+        // Different tokens that can be drawn.
+        let room = rules.max_model_len.saturating_sub(request.prompt.len());
+        let room = room.min(request.stop.max_tokens.unwrap_or(usize::MAX)).min(rules.vocab_size);
         Self {
             id,
             choice,
@@ -81,7 +84,7 @@ impl Sequence {
             pages: Vec::new(),
             rotary_variant: 0,
             prompt_logprobs: Vec::new(),
-            sampler: Sampler::new(&request.sampling, &request.prompt, rules.vocab_size, seed, choice),
+            sampler: Sampler::new(&request.sampling, &request.prompt, seed, choice, room),
             detokenizer: Detokenizer::new(
                 Arc::clone(tokenizer),
                 &request.prompt,
@@ -122,17 +125,30 @@ impl Sequence {
             && position + 1 >= self.prompt_logprobs.len()
     }
 
-    /// Takes the logits of the prompt's row at `position`: they tell how likely its next token was.
-    pub fn accept_prompt_row(&mut self, position: usize, logits: &[f32]) {
+    /// What to do with the logits in `row`: those of the prompt's row at `prompt_position`, which tell how likely its
+    /// next token was, or those of the newest row, which give the next token.
+    pub fn draw(&self, row: usize, prompt_position: Option<usize>) -> Draw<'_> {
+        if let Some(position) = prompt_position {
+            let token = TokenSource::Given(self.tokens[position + 1]);
+            return Draw { row, token, logprobs: Some(self.request.prompt_logprobs.unwrap_or(0)) };
+        }
+        let position = self.generated();
+        let early = position < self.request.stop.min_tokens;
+        let banned = if early { self.banned_early.as_slice() } else { &[] };
+        let token = TokenSource::Sampler { sampler: &self.sampler, position, banned };
+        Draw { row, token, logprobs: self.request.logprobs }
+    }
+
+    /// Takes what a row of the prompt gave.
+    pub fn accept_prompt_row(&mut self, drawn: Drawn) {
         if self.prompt_logprobs.is_empty() {
             self.prompt_logprobs.push(None);
         }
-        let top = self.request.prompt_logprobs.unwrap_or(0);
-        self.prompt_logprobs.push(Some(token_logprobs(logits, self.tokens[position + 1], top)));
+        self.prompt_logprobs.push(drawn.logprobs);
     }
 
-    /// Takes the logits of the newest row: draws the next token, reports it, and says whether that was the last.
-    pub fn accept_row(&mut self, logits: &[f32], scratch: &mut Vec<f32>, rules: &EndRules) -> Progress {
+    /// Takes what the newest row gave: reports the next token, and says whether that was the last.
+    pub fn accept_row(&mut self, drawn: Drawn, rules: &EndRules) -> Progress {
         if self.generated() == 0 && self.choice == 0 && self.request.prompt_logprobs.is_some() {
             if self.prompt_logprobs.is_empty() {
                 self.prompt_logprobs.push(None);
@@ -140,21 +156,16 @@ impl Sequence {
             let entries = std::mem::take(&mut self.prompt_logprobs);
             self.send(Event::PromptLogprobs(entries));
         }
-        scratch.clear();
-        scratch.extend_from_slice(logits);
-        let position = self.generated();
-        let early = position < self.request.stop.min_tokens;
-        let banned = if early { self.banned_early.as_slice() } else { &[] };
-        let token = match self.sampler.sample(scratch, position, banned) {
+        let token = match drawn.token {
             Ok(token) => token,
             Err(error) => {
                 self.fail(error.to_string());
                 return Progress::Ended;
             }
         };
-        let logprobs = self.request.logprobs.map(|top| token_logprobs(logits, token, top));
+        self.sampler.record(token);
         self.tokens.push(token);
-        self.report(token, logprobs, rules)
+        self.report(token, drawn.logprobs, rules)
     }
 
     /// Reports a drawn token and, where it is the last, the end.

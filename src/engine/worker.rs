@@ -10,6 +10,7 @@ use super::scheduler::{Pick, Scheduler, StepLimits};
 use super::sequence::{EndRules, NewSequence, Progress, Sequence};
 use super::{EngineError, EngineOptions, Stats};
 use crate::adapter::{Adapter, AdapterStore};
+use crate::backend::sampling::{Draw, Drawn};
 use crate::backend::{Backend, BackendError, PAGE, Rows};
 use crate::mixture::Mixture;
 use crate::model::{Base, Transformer, Workspace, WorkspaceSize};
@@ -42,10 +43,12 @@ struct Step {
     picks: Vec<Pick>,
     /// Rows of the picks whose logits are computed together.
     picked: Vec<u32>,
+    /// What to do with their logits; empty between steps.
+    draws: Vec<Draw<'static>>,
+    drawn: Vec<Drawn>,
     ended: Vec<u64>,
     /// Sequences whose experts there is no room for, and why.
     refused: Vec<(u64, BackendError)>,
-    scratch: Vec<f32>,
 }
 
 impl<B: Backend> Worker<B> {
@@ -209,17 +212,22 @@ impl<B: Backend> Worker<B> {
             step.picked.clear();
             step.picked.extend(picks.iter().map(|pick| pick.row));
             transformer.logits(backend, &step.rows, &step.picked, workspace)?;
-            let logits = backend.read(workspace.logits(), picks.len())?;
-            for (pick, logits) in picks.iter().zip(logits.chunks_exact(rules.vocab_size)) {
+            let mut draws: Vec<Draw<'_>> = std::mem::take(&mut step.draws);
+            for (row, pick) in picks.iter().enumerate() {
+                draws.push(scheduler.running[pick.sequence].draw(row, pick.prompt_position));
+            }
+            let sampled = backend.sample(workspace.logits(), &draws, &mut step.drawn);
+            step.draws = emptied(draws);
+            sampled?;
+            for (pick, drawn) in picks.iter().zip(step.drawn.drain(..)) {
                 let sequence = &mut scheduler.running[pick.sequence];
-                match pick.prompt_position {
-                    Some(position) => sequence.accept_prompt_row(position, logits),
-                    None => {
-                        stats.count_token();
-                        if sequence.accept_row(logits, &mut step.scratch, rules) == Progress::Ended {
-                            step.ended.push(sequence.id);
-                        }
-                    }
+                if pick.prompt_position.is_some() {
+                    sequence.accept_prompt_row(drawn);
+                    continue;
+                }
+                stats.count_token();
+                if sequence.accept_row(drawn, rules) == Progress::Ended {
+                    step.ended.push(sequence.id);
                 }
             }
         }
@@ -263,6 +271,12 @@ impl<B: Backend> Worker<B> {
     }
 }
 
+/// An empty list in the memory of `draws`, which have ended.
+fn emptied(mut draws: Vec<Draw<'_>>) -> Vec<Draw<'static>> {
+    draws.clear();
+    draws.into_iter().map(|_| unreachable!("the list is empty")).collect()
+}
+
 impl Stats {
     fn count_step(&self, rows: &Rows, scheduler: &Scheduler) {
         self.steps.fetch_add(1, Ordering::Relaxed);
@@ -274,5 +288,20 @@ impl Stats {
 
     fn count_token(&self) {
         self.generated.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::sampling::TokenSource;
+
+    #[test]
+    fn a_list_of_draws_keeps_its_memory() {
+        let mut draws = Vec::with_capacity(7);
+        draws.push(Draw { row: 0, token: TokenSource::Given(0), logprobs: None });
+        let start = draws.as_ptr();
+        let emptied = emptied(draws);
+        assert_eq!((emptied.as_ptr(), emptied.len(), emptied.capacity()), (start.cast(), 0, 7));
     }
 }

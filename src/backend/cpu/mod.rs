@@ -7,10 +7,12 @@ pub mod gemm;
 mod kv_cache;
 mod linear;
 mod parallel;
+mod sampling;
 pub mod simd;
 
 use std::sync::Arc;
 
+use crate::backend::sampling::{Draw, Drawn};
 use crate::backend::{
     AttentionShape, Backend, BackendError, FrozenLinear, Gates, HeadNorms, RotaryTables, Rows, SiteChange,
     Write,
@@ -258,6 +260,16 @@ impl Backend for Cpu {
         for (to, &row) in y.data.chunks_exact_mut(width).zip(picked) {
             to.copy_from_slice(&x.data[row as usize * width..(row as usize + 1) * width]);
         }
+        Ok(())
+    }
+
+    fn sample(
+        &mut self,
+        logits: &Buffer,
+        draws: &[Draw<'_>],
+        drawn: &mut Vec<Drawn>,
+    ) -> Result<(), BackendError> {
+        sampling::sample(logits, draws, drawn);
         Ok(())
     }
 

@@ -5,9 +5,14 @@ use rayon::prelude::*;
 /// Multiply-adds under which a loop is not worth waking a thread for.
 const SERIAL_WORK: usize = 1 << 18;
 
+/// Whether so many multiply-adds are worth waking threads for.
+pub(super) fn pays(work: usize) -> bool {
+    work >= SERIAL_WORK
+}
+
 /// Runs `body` for every index below `count`, on the pool's threads when `work` (multiply-adds in all) pays for it.
 pub(super) fn parallel_for(count: usize, work: usize, body: impl Fn(usize) + Sync + Send) {
-    if count <= 1 || work < SERIAL_WORK {
+    if count <= 1 || !pays(work) {
         (0..count).for_each(body);
     } else {
         (0..count).into_par_iter().for_each(body);

@@ -24,7 +24,7 @@ use bytemuck::cast_slice;
 use half::bf16;
 
 use super::attention::{AttentionInputs, AttentionKernels};
-use super::elementwise::{BlockPages, EmbeddingTable, ElementwiseKernels, HeadNormWeights, Rotary};
+use super::elementwise::{BlockPages, ElementwiseKernels, EmbeddingTable, HeadNormWeights, Rotary};
 use super::experts::ExpertMemory;
 use super::lora::{ChunkArena, Epilogue, FrozenLayer, LoraKernels, LowRank, Seated, Site, SiteGroup};
 use super::{CudaError, Device, DeviceBuffer, Graph, Matrix, Stream};
@@ -368,7 +368,8 @@ impl Backend for Cuda {
 
     fn begin_step(&mut self, rows: &Rows) -> Result<(), BackendError> {
         let Self { stream, lora, steps, experts, .. } = self;
-        let steps = steps.as_mut().ok_or_else(|| CudaError::Shape("a step without a workspace".to_owned()))?;
+        let steps =
+            steps.as_mut().ok_or_else(|| CudaError::Shape("a step without a workspace".to_owned()))?;
         Ok(steps.begin(stream, lora, rows, |expert| seat_of(experts, expert))?)
     }
 
@@ -499,7 +500,9 @@ impl Backend for Cuda {
         self.host.resize(logits.len(), 0.0);
         self.stream.download(logits, &mut self.host)?;
         if self.steps()?.take_overflow(&self.stream)? {
-            return Err(CudaError::Shape("a step used more rank chunks than there is room for".to_owned()).into());
+            return Err(
+                CudaError::Shape("a step used more rank chunks than there is room for".to_owned()).into()
+            );
         }
         Ok(&self.host)
     }

@@ -29,8 +29,14 @@ pub(super) struct Steps {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Current {
     /// All of the step, launched for `bound` of them.
-    All { rows: usize, bound: usize, graph: bool },
-    Picked { rows: usize },
+    All {
+        rows: usize,
+        bound: usize,
+        graph: bool,
+    },
+    Picked {
+        rows: usize,
+    },
 }
 
 impl Steps {
@@ -89,8 +95,7 @@ impl Steps {
             .into_iter()
             .find(|&bound| count <= bound && bound <= self.limits.rows)
             .filter(|_| !self.attention.has_whole());
-        self.current =
-            Current::All { rows: count, bound: graph.unwrap_or(count), graph: graph.is_some() };
+        self.current = Current::All { rows: count, bound: graph.unwrap_or(count), graph: graph.is_some() };
         Ok(())
     }
 

@@ -1,7 +1,9 @@
 //! Passes over a vocabulary, written so that the compiler turns them into vector instructions.
 //!
-//! A sum or maximum in one variable is a chain that vectors may not reorder; with one variable per lane there is
-//! nothing to reorder, and the order is the same on every machine.
+//! A maximum in one variable is a chain that vectors may not reorder; with one variable per lane there is nothing to
+//! reorder. The exponential is the CUDA backend's, too, operation by operation: no step may be fused with another.
+
+use crate::backend::sampling::UNIT;
 
 const LANES: usize = 16;
 
@@ -17,16 +19,26 @@ pub(super) fn largest(values: &[f32]) -> f32 {
     lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |most, &value| if value > most { value } else { most })
 }
 
-/// The sum of `term` over all values.
-pub(super) fn sum(values: &[f32], term: impl Fn(f32) -> f32) -> f64 {
+/// The sum of the weights of all values, each in [0, 1] and rounded to a whole number of [`UNIT`]ths.
+pub(super) fn sum(values: &[f32], weight_of: impl Fn(f32) -> f32) -> u64 {
     let (chunks, rest) = values.as_chunks::<LANES>();
-    let mut lanes = [0.0; LANES];
+    let mut lanes = [0u64; LANES];
     for chunk in chunks {
         for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane += f64::from(term(value));
+            // No sum of 2^24 weights overflows; a check of each would keep them out of vectors.
+            *lane = lane.wrapping_add(units(weight_of(value)));
         }
     }
-    lanes.iter().sum::<f64>() + rest.iter().map(|&value| f64::from(term(value))).sum::<f64>()
+    lanes.iter().sum::<u64>() + rest.iter().map(|&value| units(weight_of(value))).sum::<u64>()
+}
+
+/// A weight in [0, 1] in units of 1 / [`UNIT`], to the nearest, ties to even.
+#[inline(always)]
+pub(super) fn units(weight: f32) -> u64 {
+    /// From here to its double, numbers of f64 are [`UNIT`]ths apart: adding it rounds, and leaves the result in the
+    /// low bits. Every instruction set has this for vectors; not every one has the conversion.
+    const ROUND: f64 = (1u64 << (f64::MANTISSA_DIGITS - 1)) as f64 / UNIT as f64;
+    (f64::from(weight) + ROUND).to_bits().wrapping_sub(ROUND.to_bits())
 }
 
 /// `exp(x)` for `x ≤ 0`, within two units in the last place; 0 below −87 and for NaN.
@@ -70,11 +82,24 @@ mod tests {
     }
 
     #[test]
+    fn units_are_the_nearest_whole_number() {
+        let one = UNIT as f32;
+        for (weight, expected) in [(0.0, 0), (1.0, UNIT), (0.5, UNIT / 2), (1.0 / one, 1), (0.4 / one, 0)] {
+            assert_eq!(units(weight), expected, "{weight}");
+        }
+        assert_eq!([0.5, 1.5, 2.5].map(|half| units(half / one)), [0, 2, 2]);
+        let third = 1.0f32 / 3.0;
+        assert_eq!(units(third) as f32 / one, third);
+    }
+
+    #[test]
     fn whole_chunks_and_the_rest_are_both_counted() {
         for length in [0, 1, 15, 16, 17, 100] {
             let values: Vec<f32> = (0..length).map(|i| i as f32 - 50.0).collect();
-            let expected: f64 = values.iter().map(|&value| f64::from(value)).sum();
-            assert_eq!(sum(&values, |value| value), expected);
+            assert_eq!(sum(&values, |value| if value < 0.0 { 1.0 } else { 0.5 }), {
+                let negative = length.min(50) as u64;
+                negative * UNIT + (length as u64 - negative) * (UNIT / 2)
+            });
             let last = values.last().copied().unwrap_or(f32::NEG_INFINITY);
             assert_eq!(largest(&values), last);
             assert_eq!(largest(&[&[f32::NAN], values.as_slice(), &[f32::NAN]].concat()), last);

@@ -34,13 +34,12 @@ impl Philox {
         [a, b, c, d]
     }
 
-    /// A uniform number in [0, 1) of 53 random bits, for one position of one stream.
-    pub fn uniform(self, stream: u64, position: u64) -> f64 {
+    /// 64 random bits for one position of one stream.
+    pub fn bits(self, stream: u64, position: u64) -> u64 {
         let [position_low, position_high] = words(position);
         let [stream_low, stream_high] = words(stream);
         let [low, high, ..] = self.block([position_low, position_high, stream_low, stream_high]);
-        let bits = (u64::from(high) << 32 | u64::from(low)) >> 11;
-        bits as f64 / (1u64 << 53) as f64
+        u64::from(high) << 32 | u64::from(low)
     }
 }
 
@@ -71,18 +70,17 @@ mod tests {
     }
 
     #[test]
-    fn uniform_numbers_fill_the_unit_interval_and_depend_on_every_input() {
+    fn bits_are_uniform_and_depend_on_every_input() {
         let random = Philox::new(7);
         let mut tenths = [0; 10];
         for position in 0..10_000 {
-            let number = random.uniform(0, position);
-            assert!((0.0..1.0).contains(&number));
-            tenths[(number * 10.0) as usize] += 1;
+            let fraction = random.bits(0, position) as f64 / 2f64.powi(64);
+            tenths[(fraction * 10.0) as usize] += 1;
         }
         // A count's standard deviation is 30.
         assert!(tenths.iter().all(|count| (850..1150).contains(count)), "{tenths:?}");
-        assert_ne!(random.uniform(0, 1), random.uniform(1, 0));
-        assert_ne!(random.uniform(0, 1), random.uniform(0, 1 << 32));
-        assert_ne!(random.uniform(0, 1), Philox::new(7 | 1 << 32).uniform(0, 1));
+        assert_ne!(random.bits(0, 1), random.bits(1, 0));
+        assert_ne!(random.bits(0, 1), random.bits(0, 1 << 32));
+        assert_ne!(random.bits(0, 1), Philox::new(7 | 1 << 32).bits(0, 1));
     }
 }

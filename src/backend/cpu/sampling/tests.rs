@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::backend::sampling::SamplingParams;
 
 const NONE: f32 = f32::NEG_INFINITY;
 
@@ -14,6 +15,28 @@ fn greedy() -> SamplingParams {
     SamplingParams { temperature: 0.0, ..params() }
 }
 
+fn sampler(params: &SamplingParams, prompt: &[u32]) -> Sampler {
+    Sampler::new(params, prompt, 1234, 0, 100)
+}
+
+/// The next token, recorded.
+fn next(
+    sampler: &mut Sampler,
+    logits: &[f32],
+    position: usize,
+    banned: &[u32],
+) -> Result<u32, SamplingError> {
+    let source = TokenSource::Sampler { sampler, position, banned };
+    let token = sample_row(logits, &Draw { row: 0, token: source, logprobs: None }).token;
+    token.inspect(|&token| sampler.record(token))
+}
+
+/// The logits as bias, ban and penalties leave them.
+fn adjusted<const N: usize>(sampler: &Sampler, mut logits: [f32; N]) -> [f32; N] {
+    adjust(&mut logits, sampler, &[]);
+    logits
+}
+
 /// Logits with these probabilities.
 fn logits_of(probabilities: &[f32]) -> Vec<f32> {
     probabilities.iter().map(|probability| probability.ln() + 3.0).collect()
@@ -21,10 +44,10 @@ fn logits_of(probabilities: &[f32]) -> Vec<f32> {
 
 /// How often each token is drawn at `draws` positions.
 fn counts(params: &SamplingParams, logits: &[f32], draws: usize) -> Vec<usize> {
-    let mut sampler = Sampler::new(params, &[], logits.len(), 1234, 0);
+    let mut sampler = sampler(params, &[]);
     let mut counts = vec![0; logits.len()];
     for position in 0..draws {
-        counts[sampler.sample(&mut logits.to_vec(), position, &[]).unwrap() as usize] += 1;
+        counts[next(&mut sampler, logits, position, &[]).unwrap() as usize] += 1;
     }
     counts
 }
@@ -47,11 +70,11 @@ fn chi_square(counts: &[usize], probabilities: &[f64]) -> f64 {
 
 #[test]
 fn greedy_takes_the_largest_logit_and_the_lowest_id_on_a_tie() {
-    let mut sampler = Sampler::new(&greedy(), &[], 5, 0, 0);
-    assert_eq!(sampler.sample(&mut [0.0, 3.0, -1.0, 3.0, 2.0], 0, &[]), Ok(1));
-    assert_eq!(sampler.sample(&mut [-0.0, 0.0, NONE, -1.0, -1.0], 1, &[]), Ok(0));
-    let mut one = Sampler::new(&SamplingParams { top_k: Some(1), ..params() }, &[], 3, 0, 0);
-    assert_eq!(one.sample(&mut [1.0, 2.0, 2.0], 0, &[]), Ok(1), "top_k = 1 is greedy, ties included");
+    let mut greedy = sampler(&greedy(), &[]);
+    assert_eq!(next(&mut greedy, &[0.0, 3.0, -1.0, 3.0, 2.0], 0, &[]), Ok(1));
+    assert_eq!(next(&mut greedy, &[-0.0, 0.0, NONE, -1.0, -1.0], 1, &[]), Ok(0));
+    let mut one = sampler(&SamplingParams { top_k: Some(1), ..params() }, &[]);
+    assert_eq!(next(&mut one, &[1.0, 2.0, 2.0], 0, &[]), Ok(1), "top_k = 1 is greedy, ties included");
 }
 
 #[test]
@@ -141,10 +164,10 @@ fn top_p_looks_at_what_min_p_and_top_k_left() {
 fn a_draw_depends_on_seed_choice_and_position_alone() {
     let logits: Vec<f32> = (0..500).map(|token| (token as f32 * 0.7).sin()).collect();
     let draw = |seed, choice, position| {
-        Sampler::new(&params(), &[], 500, seed, choice).sample(&mut logits.clone(), position, &[]).unwrap()
+        next(&mut Sampler::new(&params(), &[], seed, choice, 1), &logits, position, &[]).unwrap()
     };
-    let mut running = Sampler::new(&params(), &[], 500, 42, 3);
-    let run: Vec<u32> = (0..50).map(|p| running.sample(&mut logits.clone(), p, &[]).unwrap()).collect();
+    let mut running = Sampler::new(&params(), &[], 42, 3, 50);
+    let run: Vec<u32> = (0..50).map(|p| next(&mut running, &logits, p, &[]).unwrap()).collect();
     // From a fresh sampler and in another order.
     let single: Vec<u32> = (0..50).rev().map(|position| draw(42, 3, position)).collect();
     assert!(run.iter().eq(single.iter().rev()));
@@ -157,42 +180,42 @@ fn a_draw_depends_on_seed_choice_and_position_alone() {
 #[test]
 fn bias_is_added_and_may_be_repeated() {
     let biased = SamplingParams { logit_bias: vec![(2, 1.5), (2, 1.0), (0, -4.0), (99, 5.0)], ..greedy() };
-    let mut sampler = Sampler::new(&biased, &[], 4, 0, 0);
-    let mut logits = [5.0, 2.0, 0.0, 0.0];
-    assert_eq!(sampler.sample(&mut logits, 0, &[]), Ok(2));
-    assert_eq!(logits, [1.0, 2.0, 2.5, 0.0]);
+    let mut sampler = sampler(&biased, &[]);
+    let logits = [5.0, 2.0, 0.0, 0.0];
+    assert_eq!(adjusted(&sampler, logits), [1.0, 2.0, 2.5, 0.0]);
+    assert_eq!(next(&mut sampler, &logits, 0, &[]), Ok(2));
 }
 
 #[test]
 fn banned_tokens_are_never_drawn_whatever_their_bias() {
     let biased = SamplingParams { logit_bias: vec![(1, 100.0)], ..greedy() };
-    let mut sampler = Sampler::new(&biased, &[], 3, 0, 0);
-    assert_eq!(sampler.sample(&mut [0.0, 1.0, 0.5], 0, &[1, 77]), Ok(2));
-    assert_eq!(sampler.sample(&mut [0.0, 1.0, 0.5], 1, &[]), Ok(1));
-    assert_eq!(sampler.sample(&mut [0.0, 1.0, 0.5], 2, &[0, 1, 2]), Err(SamplingError::NoTokenLeft));
+    let mut sampler = sampler(&biased, &[]);
+    let logits = [0.0, 1.0, 0.5];
+    assert_eq!(next(&mut sampler, &logits, 0, &[1, 77]), Ok(2));
+    assert_eq!(next(&mut sampler, &logits, 1, &[]), Ok(1));
+    assert_eq!(next(&mut sampler, &logits, 2, &[0, 1, 2]), Err(SamplingError::NoTokenLeft));
 }
 
 #[test]
 fn repetition_penalty_scales_logits_of_prompt_and_output() {
     let penalised = SamplingParams { repetition_penalty: 2.0, ..greedy() };
-    let mut sampler = Sampler::new(&penalised, &[0, 0, 1, 900], 4, 0, 0);
-    let mut logits = [3.0, -3.0, 2.0, -1.0];
-    assert_eq!(sampler.sample(&mut logits, 0, &[]), Ok(2));
-    assert_eq!(logits, [1.5, -6.0, 2.0, -1.0]);
-    let mut logits = [3.0, -3.0, 2.0, -1.0];
-    assert_eq!(sampler.sample(&mut logits, 1, &[]), Ok(0));
-    assert_eq!(logits, [1.5, -6.0, 1.0, -1.0]);
+    let mut sampler = sampler(&penalised, &[0, 0, 1, 900]);
+    let logits = [3.0, -3.0, 2.0, -1.0];
+    assert_eq!(adjusted(&sampler, logits), [1.5, -6.0, 2.0, -1.0]);
+    assert_eq!(next(&mut sampler, &logits, 0, &[]), Ok(2));
+    assert_eq!(adjusted(&sampler, logits), [1.5, -6.0, 1.0, -1.0]);
+    assert_eq!(next(&mut sampler, &logits, 1, &[]), Ok(0));
 }
 
 #[test]
 fn presence_and_frequency_penalties_count_the_output_only() {
     let penalised = SamplingParams { presence_penalty: 0.5, frequency_penalty: 0.25, ..greedy() };
-    let mut sampler = Sampler::new(&penalised, &[0, 1, 1], 3, 0, 0);
+    let mut sampler = sampler(&penalised, &[0, 1, 1]);
     let expected = [[4.0, 3.5, 0.0], [3.25, 3.5, 0.0], [3.25, 2.75, 0.0], [3.0, 2.75, 0.0]];
     for (position, (expected, token)) in expected.into_iter().zip([0, 1, 0, 0]).enumerate() {
-        let mut logits = [4.0, 3.5, 0.0];
-        assert_eq!(sampler.sample(&mut logits, position, &[]), Ok(token));
-        assert_eq!(logits, expected, "position {position}");
+        let logits = [4.0, 3.5, 0.0];
+        assert_eq!(adjusted(&sampler, logits), expected, "position {position}");
+        assert_eq!(next(&mut sampler, &logits, position, &[]), Ok(token));
     }
 }
 
@@ -200,36 +223,58 @@ fn presence_and_frequency_penalties_count_the_output_only() {
 fn repetition_comes_before_the_other_penalties() {
     let penalised =
         SamplingParams { repetition_penalty: 2.0, presence_penalty: 1.0, frequency_penalty: 0.5, ..greedy() };
-    let mut sampler = Sampler::new(&penalised, &[], 2, 0, 0);
-    sampler.sample(&mut [4.0, 0.0], 0, &[]).unwrap();
-    let mut logits = [4.0, 0.0];
-    sampler.sample(&mut logits, 1, &[]).unwrap();
-    assert_eq!(logits, [0.5, 0.0]);
+    let mut sampler = sampler(&penalised, &[]);
+    next(&mut sampler, &[4.0, 0.0], 0, &[]).unwrap();
+    assert_eq!(adjusted(&sampler, [4.0, 0.0]), [0.5, 0.0]);
 }
 
 #[test]
 fn broken_logits_fail_with_the_token_and_value() {
     for params in [greedy(), params()] {
-        let mut sampler = Sampler::new(&params, &[], 3, 0, 0);
+        let mut sampler = sampler(&params, &[]);
         assert!(matches!(
-            sampler.sample(&mut [0.0, f32::NAN, 1.0], 0, &[]),
+            next(&mut sampler, &[0.0, f32::NAN, f32::INFINITY], 0, &[]),
             Err(SamplingError::NotFinite { token: 1, value }) if value.is_nan()
         ));
         assert_eq!(
-            sampler.sample(&mut [0.0, 0.0, f32::INFINITY], 0, &[]),
+            next(&mut sampler, &[0.0, 0.0, f32::INFINITY], 0, &[]),
             Err(SamplingError::NotFinite { token: 2, value: f32::INFINITY })
         );
-        assert_eq!(sampler.sample(&mut [NONE; 3], 0, &[]), Err(SamplingError::NoTokenLeft));
-        assert_eq!(
-            sampler.sample(&mut [0.0; 2], 0, &[]),
-            Err(SamplingError::VocabularySize { found: 2, wanted: 3 })
-        );
-        assert_eq!(sampler.sample(&mut [NONE, NONE, -7.0], 0, &[]), Ok(2), "the sampler still works");
+        assert_eq!(next(&mut sampler, &[NONE; 3], 0, &[]), Err(SamplingError::NoTokenLeft));
+        assert_eq!(next(&mut sampler, &[], 0, &[]), Err(SamplingError::NoTokenLeft));
+        assert_eq!(next(&mut sampler, &[NONE, NONE, -7.0], 0, &[]), Ok(2), "the sampler still works");
+    }
+}
+
+/// Promise 3: with or without threads, a row gives what it gives alone.
+#[test]
+fn a_row_gives_the_same_alone_and_among_others() {
+    let width = 5000;
+    let data: Vec<f32> = (0..8 * width).map(|i| (i as f32 * 0.37).sin() * 4.0).collect();
+    let logits = Buffer { data, width };
+    let params = SamplingParams { top_k: Some(40), top_p: 0.9, ..params() };
+    let samplers: Vec<Sampler> = (0..8).map(|seed| Sampler::new(&params, &[], seed, 0, 1)).collect();
+    let mut draws: Vec<Draw<'_>> = (samplers.iter().enumerate())
+        .map(|(row, sampler)| Draw {
+            row,
+            token: TokenSource::Sampler { sampler, position: 0, banned: &[] },
+            logprobs: Some(3),
+        })
+        .collect();
+    draws.push(Draw { row: 3, token: TokenSource::Given(17), logprobs: Some(2) });
+    draws.push(Draw { row: 3, token: TokenSource::Given(17), logprobs: None });
+    assert!(pays(draws.len() * width * WORK), "the draws go to several threads");
+    let mut drawn = Vec::new();
+    sample(&logits, &draws, &mut drawn);
+    assert_eq!(drawn.len(), draws.len());
+    for (draw, drawn) in draws.iter().zip(&drawn) {
+        assert_eq!(*drawn, sample_row(&logits.data[draw.row * width..][..width], draw));
     }
     assert_eq!(
-        Sampler::new(&params(), &[], 0, 0, 0).sample(&mut [], 0, &[]),
-        Err(SamplingError::NoTokenLeft)
+        drawn[8].logprobs.as_ref().map(|logprobs| (logprobs.token, logprobs.top.len())),
+        Some((17, 2))
     );
+    assert_eq!(drawn[9], Drawn { token: Ok(17), logprobs: None });
 }
 
 /// What the filters keep, by sorting.
@@ -267,9 +312,7 @@ proptest! {
         weights[0] = 1.0;
         let params = SamplingParams { top_k, top_p, min_p, ..params() };
         let expected = kept_by_sorting(&weights, &params);
-        if let Some(mut filter) = Filter::new(&params) {
-            filter.apply(&mut weights);
-        }
+        filter::apply(&sampler(&params, &[]), &mut weights, &mut Buckets::default());
         let kept: Vec<u32> = (0..weights.len() as u32).filter(|&t| weights[t as usize] > 0.0).collect();
         prop_assert_eq!(kept, expected);
     }
@@ -285,13 +328,13 @@ proptest! {
     ) {
         let row: Vec<f32> = bits.iter().map(|&bits| f32::from_bits(bits)).collect();
         let params = SamplingParams { temperature, top_k, top_p, repetition_penalty, ..params() };
-        let mut sampler = Sampler::new(&params, &[0, 3, u32::MAX], row.len(), seed, 0);
+        let mut sampler = Sampler::new(&params, &[0, 3, u32::MAX], seed, 0, 3);
         for position in 0..3 {
-            if let Ok(token) = sampler.sample(&mut row.clone(), position, &[1]) {
+            if let Ok(token) = next(&mut sampler, &row, position, &[1]) {
                 prop_assert!(token != 1 && row[token as usize].is_finite());
             }
         }
-        let logprobs = token_logprobs(&row, 2, 5);
+        let logprobs = logprobs::token_logprobs(&row, 2, 5);
         prop_assert!(logprobs.logprob <= 1e-6 && logprobs.top.iter().all(|&(_, logprob)| logprob <= 1e-6));
     }
 }

@@ -1,23 +1,14 @@
-//! Log-probabilities from raw logits: `log p(t) = l_t − max l − ln Σ_v exp(l_v − max l)`.
-//!
-//! NaN counts as −inf here: these functions report, the sampler refuses.
+//! Log-probabilities of a row, and the most likely tokens.
 
 use std::cmp::Ordering;
 
 use super::lanes;
-use crate::engine::request::TokenLogprobs;
+use crate::backend::sampling::{Normaliser, TokenLogprobs, UNIT, lowest_if_nan};
 
-/// The natural-log probability of `token` under the softmax of `logits` `[vocab]`; −inf for an id outside.
-pub fn log_softmax_at(logits: &[f32], token: u32) -> f32 {
-    Normaliser::of(logits).logprob(logit_at(logits, token))
-}
-
-/// Log-probability and rank of `token`, and the `top` most likely tokens (lower id first on a tie).
-///
-/// `logits` `[vocab]` are the model's own, before bias, penalties and temperature.
-pub fn token_logprobs(logits: &[f32], token: u32, top: usize) -> TokenLogprobs {
-    let normaliser = Normaliser::of(logits);
-    let own = logit_at(logits, token);
+/// Log-probability and rank of `token`, and the `top` most likely tokens of raw logits `[vocabulary]`.
+pub(super) fn token_logprobs(logits: &[f32], token: u32, top: usize) -> TokenLogprobs {
+    let normaliser = normaliser(logits);
+    let own = logits.get(token as usize).map_or(f32::NEG_INFINITY, |&logit| lowest_if_nan(logit));
     TokenLogprobs {
         token,
         logprob: normaliser.logprob(own),
@@ -29,41 +20,15 @@ pub fn token_logprobs(logits: &[f32], token: u32, top: usize) -> TokenLogprobs {
     }
 }
 
-/// The largest logit and the logarithm of the sum relative to it.
-struct Normaliser {
-    largest: f32,
-    log_sum: f64,
-}
-
-impl Normaliser {
-    fn of(logits: &[f32]) -> Self {
-        let largest = lanes::largest(logits);
-        let sum = if largest.is_finite() {
-            lanes::sum(logits, |logit| lanes::exp(logit - largest))
-        } else {
-            // All probability lies with the infinite ones; there are none when the largest is −inf.
-            logits.iter().filter(|&&logit| logit == f32::INFINITY).count() as f64
-        };
-        Self { largest, log_sum: sum.ln() }
-    }
-
-    fn logprob(&self, logit: f32) -> f32 {
-        let relative = relative(logit, self.largest);
-        if relative == f32::NEG_INFINITY { relative } else { (f64::from(relative) - self.log_sum) as f32 }
-    }
-}
-
-/// `logit − largest`, where an infinite largest logit takes all the probability.
-fn relative(logit: f32, largest: f32) -> f32 {
-    if logit == largest && logit != f32::NEG_INFINITY { 0.0 } else { lowest_if_nan(logit - largest) }
-}
-
-fn logit_at(logits: &[f32], token: u32) -> f32 {
-    logits.get(token as usize).map_or(f32::NEG_INFINITY, |&logit| lowest_if_nan(logit))
-}
-
-fn lowest_if_nan(logit: f32) -> f32 {
-    if logit.is_nan() { f32::NEG_INFINITY } else { logit }
+fn normaliser(logits: &[f32]) -> Normaliser {
+    let largest = lanes::largest(logits);
+    let sum = if largest.is_finite() {
+        lanes::sum(logits, |logit| lanes::exp(logit - largest))
+    } else {
+        // All probability lies with the infinite ones; there are none when the largest is −inf.
+        logits.iter().filter(|&&logit| logit == f32::INFINITY).count() as u64 * UNIT
+    };
+    Normaliser::new(largest, sum)
 }
 
 /// The `top` largest logits with their ids, in order.
@@ -101,6 +66,10 @@ mod tests {
 
     const NONE: f32 = f32::NEG_INFINITY;
 
+    fn logprob(logits: &[f32], token: u32) -> f32 {
+        token_logprobs(logits, token, 0).logprob
+    }
+
     #[test]
     fn logprobs_are_the_log_of_the_softmax() {
         // Probabilities 1/8, 1/2, 1/4, 1/8, whatever is added to all logits.
@@ -108,7 +77,6 @@ mod tests {
             let logits = [1f32, 4.0, 2.0, 1.0].map(|weight| weight.ln() + shift);
             let result = token_logprobs(&logits, 3, 3);
             assert!((result.logprob - 0.125f32.ln()).abs() < 1e-5);
-            assert_eq!(log_softmax_at(&logits, 3), result.logprob);
             assert_eq!(result.rank, 4, "the tied token counts as at least as likely");
             let (ids, values): (Vec<u32>, Vec<f32>) = result.top.into_iter().unzip();
             assert_eq!(ids, [1, 2, 0], "best first, lower id on a tie");
@@ -123,20 +91,20 @@ mod tests {
         let result = token_logprobs(&[3e38, -3e38, 3e38], 0, 1);
         assert_eq!(result.logprob, 0.5f32.ln());
         assert_eq!((result.rank, result.top), (2, vec![(0, 0.5f32.ln())]));
-        assert_eq!(log_softmax_at(&[3e38, -3e38], 1), NONE);
+        assert_eq!(logprob(&[3e38, -3e38], 1), NONE);
     }
 
     #[test]
     fn masked_nan_and_infinite_logits_give_numbers_or_minus_infinity() {
-        assert_eq!(log_softmax_at(&[0.0, NONE], 1), NONE);
-        assert_eq!(log_softmax_at(&[0.0, f32::NAN], 0), 0.0);
-        assert_eq!(log_softmax_at(&[0.0, f32::NAN], 1), NONE);
-        assert_eq!(log_softmax_at(&[0.0, f32::INFINITY], 1), 0.0);
-        assert_eq!(log_softmax_at(&[0.0, f32::INFINITY], 0), NONE);
-        assert_eq!(log_softmax_at(&[NONE, NONE], 0), NONE);
-        assert_eq!(log_softmax_at(&[f32::NAN], 0), NONE);
-        assert_eq!(log_softmax_at(&[], 0), NONE);
-        assert_eq!(log_softmax_at(&[0.0], 9), NONE);
+        assert_eq!(logprob(&[0.0, NONE], 1), NONE);
+        assert_eq!(logprob(&[0.0, f32::NAN], 0), 0.0);
+        assert_eq!(logprob(&[0.0, f32::NAN], 1), NONE);
+        assert_eq!(logprob(&[0.0, f32::INFINITY], 1), 0.0);
+        assert_eq!(logprob(&[0.0, f32::INFINITY], 0), NONE);
+        assert_eq!(logprob(&[NONE, NONE], 0), NONE);
+        assert_eq!(logprob(&[f32::NAN], 0), NONE);
+        assert_eq!(logprob(&[], 0), NONE);
+        assert_eq!(logprob(&[0.0], 9), NONE);
         let result = token_logprobs(&[f32::NAN, 0.0, NONE], 0, 9);
         assert_eq!((result.logprob, result.rank), (NONE, 3));
         assert_eq!(result.top, [(1, 0.0), (0, NONE), (2, NONE)]);
