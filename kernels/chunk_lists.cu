@@ -3,7 +3,8 @@
 // A row tile's entries name slots; each site knows which chunks of its arenas the slot's expert owns. A list holds,
 // for each cell (row tile, K slice, site), the chunks that extend this slice: entries ascending, then chunk ascending.
 //
-// Grid: one thread block per site group. Each warp counts cells, one warp turns counts into starts, each warp fills.
+// Grid: one thread block per site group. Each warp counts cells and cuts tiles, one warp turns counts into starts, each
+// warp fills.
 #include <device.cuh>
 #include <params.h>
 #include <ptx.cuh>
@@ -49,30 +50,42 @@ class ChunkLists {
     }
   }
 
-  // starts[cell] = chunks of all cells before, at most the capacity. By one warp.
+  // Leaves a tile no more chunks than it may have. A lane for each of its cells.
+  __device__ __forceinline__ void cut() {
+    static_assert(LORAMUX_MAX_SITES * LORAMUX_MAX_SLICES <= 32);
+    const uint32_t lane = threadIdx.x % 32, cells_of_tile = group_.slices * group_.sites;
+    for (uint32_t first = threadIdx.x / 32 * cells_of_tile; first < cells_; first += warps * cells_of_tile) {
+      const uint32_t count = lane < cells_of_tile ? group_.starts[first + lane] : 0;
+      const uint32_t before = sum_before(count), room = group_.tile_capacity - min(before, group_.tile_capacity);
+      if (count > room) {
+        group_.starts[first + lane] = room;
+        *p_.overflow = 1;
+      }
+    }
+  }
+
+  // starts[cell] = chunks of all cells before. By one warp.
   __device__ __forceinline__ void scan() {
     const uint32_t lane = threadIdx.x % 32;
     uint32_t total = 0;
     for (uint32_t first = 0; first < cells_; first += 32) {
       const uint32_t cell = first + lane, count = cell < cells_ ? group_.starts[cell] : 0;
       const uint32_t before = total + sum_before(count);
-      if (cell < cells_) group_.starts[cell] = min(before, group_.capacity);
+      if (cell < cells_) group_.starts[cell] = before;
       total = __shfl_sync(~0u, before + count, 31);
     }
-    if (lane == 0) {
-      group_.starts[cells_] = min(total, group_.capacity);
-      if (total > group_.capacity) *p_.overflow = 1;
-    }
+    if (lane == 0) group_.starts[cells_] = total;
   }
 
   __device__ __forceinline__ void fill() {
     for (uint32_t cell = threadIdx.x / 32; cell < cells_; cell += warps) {
       const uint32_t site = cell % group_.sites;
       uint32_t next = group_.starts[cell];
+      const uint32_t end = group_.starts[cell + 1];
       for_entries(cell, [&](uint32_t entry, uint32_t slot, float scale, ChunksOfSlice chunks) {
         const uint32_t before = sum_before(chunks.count);
         const uint32_t* ids = group_.site[site].chunk_ids + slot * group_.site[site].chunks_per_slot;
-        for (uint32_t i = 0; i < chunks.count && next + before + i < group_.capacity; ++i)
+        for (uint32_t i = 0; i < chunks.count && next + before + i < end; ++i)
           group_.chunks[next + before + i] = {ids[chunks.first + i * group_.slices], entry, site, scale};
         next += __shfl_sync(~0u, before + chunks.count, 31);
       });
@@ -112,6 +125,8 @@ KERNEL(chunk_lists, ChunkListParams, threads, 1) {
   const uint32_t tiles = (*p.rows + LORAMUX_ROW_TILE - 1) / LORAMUX_ROW_TILE;
   ChunkLists lists(p, group, tiles * group.slices * group.sites);
   lists.count();
+  __syncthreads();
+  lists.cut();
   __syncthreads();
   if (threadIdx.x < 32) lists.scan();
   __syncthreads();

@@ -94,11 +94,12 @@ struct ChunkListGroup {
   struct ChunkListSite site[LORAMUX_MAX_SITES];
   // [tiles · sites · slices + 1]
   DEVICE(uint32_t) starts;
-  // [capacity]
+  // [tiles · tile_capacity]
   DEVICE(struct RankChunk) chunks;
   uint32_t sites;
   uint32_t slices;
-  uint32_t capacity;
+  // Most chunks of a row tile.
+  uint32_t tile_capacity;
   uint32_t reserved;
 };
 
@@ -112,7 +113,7 @@ struct ChunkListParams {
   DEVICE(const uint32_t) tile_entries;
   // [entries]: slots. A tile's entries ascend by the experts' order, the same in every step.
   DEVICE(const uint32_t) entry_slots;
-  // [1]: set to 1 when a list did not fit its capacity; such a list is cut off, never overrun.
+  // [1]: set to 1 when a tile had more chunks than it may have; they are cut off, never overrun.
   DEVICE(uint32_t) overflow;
 };
 
@@ -165,6 +166,8 @@ enum Epilogue {
   LORAMUX_ADD_RESIDUAL = 1,
   // y = silu(site 0) ⊙ site 1, each with its bias
   LORAMUX_SWIGLU = 2,
+  // y = sum + bias in fp32, not rounded
+  LORAMUX_STORE_FP32 = 3,
 };
 
 // `gemm_rank_ext_*` and `gemm_decode_*`: Y = X · Wᵀ + bias + Σ_chunks V · Bᵀ, all sites of a group.
@@ -172,13 +175,13 @@ enum Epilogue {
 // The sum of one output is defined by the group alone: K is cut into `slices` runs of K blocks; a slice is summed in
 // fp32 over ascending k, from zero, then changed column by column where experts do that (their biases in slice 0), then
 // summed over its rank chunks in list order; slices are added in ascending order; bias and residual come last; the
-// result is rounded to bf16 once. All kernels keep to it, so a row's bits depend neither on the kernel nor on the other
+// result is rounded to bf16 once, or not at all. All kernels keep to it, so a row's bits depend neither on the kernel nor on the other
 // rows.
 struct GemmParams {
   // [rows][x_stride], in_features used.
   DEVICE(const struct bf16) x;
-  // [rows][y_stride]
-  DEVICE(struct bf16) y;
+  // [rows][y_stride] of bf16, or of floats for LORAMUX_STORE_FP32.
+  DEVICE(void) y;
   // [rows][y_stride], for LORAMUX_ADD_RESIDUAL; may be y itself.
   DEVICE(const struct bf16) residual;
   // [v blocks][LORAMUX_ROW_TILE][16]
@@ -210,7 +213,8 @@ struct GemmParams {
   uint32_t column_tiles;
   // Whether a slot of the group has a column scale or a bias.
   uint32_t changes_columns;
-  uint32_t reserved;
+  // Outputs of an access: 8 where widths, strides and addresses allow it, else 1.
+  uint32_t access;
 };
 
 // ---- kernels of rows: `embed`, `rms_norm`, `rope_store`, `swiglu`, `pick_rows` ----

@@ -30,7 +30,7 @@ static_assert(offsetof(ChunkListGroup, starts) == 96, "ChunkListGroup::starts");
 static_assert(offsetof(ChunkListGroup, chunks) == 104, "ChunkListGroup::chunks");
 static_assert(offsetof(ChunkListGroup, sites) == 112, "ChunkListGroup::sites");
 static_assert(offsetof(ChunkListGroup, slices) == 116, "ChunkListGroup::slices");
-static_assert(offsetof(ChunkListGroup, capacity) == 120, "ChunkListGroup::capacity");
+static_assert(offsetof(ChunkListGroup, tile_capacity) == 120, "ChunkListGroup::tile_capacity");
 static_assert(offsetof(ChunkListGroup, reserved) == 124, "ChunkListGroup::reserved");
 
 static_assert(sizeof(ChunkListParams) == 40, "ChunkListParams");
@@ -90,7 +90,7 @@ static_assert(offsetof(GemmParams, epilogue) == 276, "GemmParams::epilogue");
 static_assert(offsetof(GemmParams, row_tiles) == 280, "GemmParams::row_tiles");
 static_assert(offsetof(GemmParams, column_tiles) == 284, "GemmParams::column_tiles");
 static_assert(offsetof(GemmParams, changes_columns) == 288, "GemmParams::changes_columns");
-static_assert(offsetof(GemmParams, reserved) == 292, "GemmParams::reserved");
+static_assert(offsetof(GemmParams, access) == 292, "GemmParams::access");
 
 static_assert(sizeof(StepRow) == 16, "StepRow");
 static_assert(alignof(StepRow) == 4, "StepRow");

@@ -163,6 +163,7 @@ class Product {
       }
       column += tile_.first + warp % Shape::warp_columns * width;
       if (column >= p_.site[site].out_features) continue;
+      const uint32_t columns = min(2u, p_.site[site].out_features - column);
 #pragma unroll
       for (uint32_t r = 0; r < Shape::row_blocks * 2; ++r) {
         float scale[2] = {1.0f, 1.0f}, added[2] = {};
@@ -172,6 +173,7 @@ class Product {
           const float gate = p_.gates[size_t(entry) * LORAMUX_ROW_TILE + row + r * 8];
 #pragma unroll
           for (uint32_t i = 0; i < 2; ++i) {
+            if (i >= columns) continue;
             if (expert.column_scale != nullptr)
               scale[i] = fmaf(gate, expert.column_scale[column + i] - 1.0f, scale[i]);
             if (expert.bias != nullptr) added[i] = fmaf(gate, expert.bias[column + i], added[i]);
@@ -292,40 +294,54 @@ class Product {
   uint32_t read_stage_ = 0;
 };
 
-__device__ __forceinline__ void add_bias(Values<8>& to, const GemmSite& site, uint32_t column) {
-  if (site.bias != nullptr) add(to, load<8>(site.bias + column));
+template <uint32_t count>
+__device__ __forceinline__ void add_bias(Values<count>& to, const GemmSite& site, uint32_t column) {
+  if (site.bias != nullptr) add(to, load<count>(site.bias + column));
 }
 
-// Writes the tile's outputs, eight columns a thread at a time. `sums(row, column)` gives eight sums of the tile.
-template <class Shape, class Sums>
-__device__ __forceinline__ void write_outputs(const GemmParams& p, const ColumnTile& tile, uint32_t first_row,
-                                              uint32_t rows, Sums sums) {
-  const uint32_t columns = is_paired(p) ? Shape::columns / 2 : Shape::columns;
-  const uint32_t pieces = columns / piece_values;
+// Writes the tile's outputs, `access` columns a thread at a time. `sums(row, column, to)` gives as many sums of the
+// tile as `to` holds.
+template <class Shape, uint32_t access, class Sums>
+__device__ __forceinline__ void write_by(const GemmParams& p, const ColumnTile& tile, uint32_t first_row, uint32_t rows,
+                                         Sums sums) {
+  const uint32_t pieces = (is_paired(p) ? Shape::columns / 2 : Shape::columns) / access;
   const GemmSite& site = p.site[tile.site];
 #pragma unroll 1
   for (uint32_t i = threadIdx.x; i < Shape::rows * pieces; i += Shape::threads) {
-    const uint32_t row = i / pieces, piece = i % pieces;
-    const uint32_t column = tile.first + piece * piece_values;
+    const uint32_t row = i / pieces, of_tile = i % pieces * access;
+    const uint32_t column = tile.first + of_tile;
     if (first_row + row >= rows || column >= site.out_features) continue;
     const size_t output = size_t(first_row + row) * p.y_stride + site.y_column + column;
-    Values<8> value;
+    Values<access> value;
     if (is_paired(p)) {
       constexpr uint32_t half = Shape::columns_of_warp / 2;
-      const uint32_t gate_column = piece * piece_values / half * Shape::columns_of_warp + piece * piece_values % half;
-      value = sums(row, gate_column);
-      Values<8> up = sums(row, gate_column + half);
+      const uint32_t gate_column = of_tile / half * Shape::columns_of_warp + of_tile % half;
+      Values<access> up;
+      sums(row, gate_column, value);
+      sums(row, gate_column + half, up);
       add_bias(value, p.site[0], column);
       add_bias(up, p.site[1], column);
 #pragma unroll
-      for (uint32_t j = 0; j < 8; ++j) value.at[j] = silu(value.at[j]) * up.at[j];
+      for (uint32_t j = 0; j < access; ++j) value.at[j] = silu(value.at[j]) * up.at[j];
     } else {
-      value = sums(row, piece * piece_values);
+      sums(row, of_tile, value);
       add_bias(value, site, column);
-      if (p.epilogue == LORAMUX_ADD_RESIDUAL) add(value, load<8>(p.residual + output));
+      if (p.epilogue == LORAMUX_ADD_RESIDUAL) add(value, load<access>(p.residual + output));
     }
-    store(p.y + output, value);
+    if (p.epilogue == LORAMUX_STORE_FP32)
+      store(static_cast<float*>(p.y) + output, value);
+    else
+      store(static_cast<bf16*>(p.y) + output, value);
   }
+}
+
+template <class Shape, class Sums>
+__device__ __forceinline__ void write_outputs(const GemmParams& p, const ColumnTile& tile, uint32_t first_row,
+                                              uint32_t rows, Sums sums) {
+  if (p.access == 8)
+    write_by<Shape, 8>(p, tile, first_row, rows, sums);
+  else
+    write_by<Shape, 1>(p, tile, first_row, rows, sums);
 }
 
 // This warp's corner of a tile of sums.
@@ -341,8 +357,8 @@ template <class Shape>
 __device__ __forceinline__ void finish(const GemmParams& p, const ColumnTile& tile, uint32_t first_row, uint32_t rows,
                                        const typename Shape::Storage& storage) {
   __syncthreads();
-  write_outputs<Shape>(p, tile, first_row, rows, [&](uint32_t row, uint32_t column) {
-    return load<8>(storage.sums + row * Shape::sum_stride + column);
+  write_outputs<Shape>(p, tile, first_row, rows, [&]<uint32_t n>(uint32_t row, uint32_t column, Values<n>& to) {
+    to = load<n>(storage.sums + row * Shape::sum_stride + column);
   });
 }
 
@@ -378,10 +394,10 @@ __device__ __forceinline__ void multiply_one_slice(const GemmParams& p) {
     if (last) p.arrived[place] = 0;
   }
   if (!__syncthreads_or(last)) return;
-  write_outputs<Shape>(p, tile, row, product.rows(), [&](uint32_t row_of_tile, uint32_t column) {
-    Values<8> total = {};
+  const auto total = [&]<uint32_t n>(uint32_t row_of_tile, uint32_t column, Values<n>& to) {
+    to = {};
     for (uint32_t i = 0; i < p.slices; ++i)
-      add(total, load<8>(partials + i * tile_sums + row_of_tile * Shape::columns + column));
-    return total;
-  });
+      add(to, load<n>(partials + i * tile_sums + row_of_tile * Shape::columns + column));
+  };
+  write_outputs<Shape>(p, tile, row, product.rows(), total);
 }

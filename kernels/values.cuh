@@ -44,9 +44,12 @@ __device__ __forceinline__ void store(bf16* to, const Values<count>& values) {
 
 template <uint32_t count>
 __device__ __forceinline__ void store(float* to, const Values<count>& values) {
-  static_assert(count == 8);
-  *reinterpret_cast<float4*>(to) = make_float4(values.at[0], values.at[1], values.at[2], values.at[3]);
-  *reinterpret_cast<float4*>(to + 4) = make_float4(values.at[4], values.at[5], values.at[6], values.at[7]);
+  if constexpr (count == 1) {
+    *to = values.at[0];
+  } else {
+    *reinterpret_cast<float4*>(to) = make_float4(values.at[0], values.at[1], values.at[2], values.at[3]);
+    *reinterpret_cast<float4*>(to + 4) = make_float4(values.at[4], values.at[5], values.at[6], values.at[7]);
+  }
 }
 
 template <uint32_t count>

@@ -99,7 +99,7 @@ impl Lists {
             chunks: chunks.address(),
             sites: 1,
             slices: 1,
-            capacity: CHUNKS as u32,
+            tile_capacity: CHUNKS as u32,
             ..ChunkListGroup::zeroed()
         };
         group.site[0] = ChunkListSite {

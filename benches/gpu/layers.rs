@@ -31,7 +31,7 @@ struct Bounds {
     adapters: usize,
     chunks_per_adapter: usize,
     entries: usize,
-    chunks_of_tiles: usize,
+    chunks_of_tile: usize,
 }
 
 impl Bounds {
@@ -45,8 +45,8 @@ impl Bounds {
             most.adapters = most.adapters.max(adapters);
             most.chunks_per_adapter = most.chunks_per_adapter.max(chunks);
             most.entries = most.entries.max(tiles.iter().map(ExactSizeIterator::len).sum());
-            let of_tiles = tiles.into_iter().map(|adapters| batch.chunks(adapters)).sum();
-            most.chunks_of_tiles = most.chunks_of_tiles.max(of_tiles);
+            let of_tiles = tiles.into_iter().map(|adapters| batch.chunks(adapters));
+            most.chunks_of_tile = of_tiles.fold(most.chunks_of_tile, usize::max);
         }
         most
     }
@@ -314,8 +314,8 @@ impl Layer {
                     )?,
                 });
             }
-            let capacity = bounds.chunks_of_tiles * group.widths.len();
-            of_layer.push(SiteGroup::new(device, sites, bounds.rows, capacity)?);
+            let chunks_of_tile = bounds.chunks_of_tile * group.widths.len();
+            of_layer.push(SiteGroup::new(device, sites, bounds.rows, chunks_of_tile)?);
         }
         let same = first.map(|layer| &layer.activations[0]);
         let mut activations = vec![numbers(bounds.rows * groups[0].in_features, 1.0, 1, "inputs", same)?];

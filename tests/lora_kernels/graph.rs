@@ -66,7 +66,8 @@ fn one_graph_serves_every_mix_of_adapters() {
                 assert_eq!(loramux_emulator::allocations_of_thread(), before, "a step must not allocate");
             }
             let wanted = on_device.run(&group, &batch, Output::Store, ProductKernel::RankExt);
-            assert_eq!(bits(&outputs[..count]), bits(&wanted), "{rows} rows of at most {bound}");
+            let got: Vec<f32> = outputs[..count].iter().map(|value| value.to_f32()).collect();
+            assert_eq!(bits(&got), bits(&wanted), "{rows} rows of at most {bound}");
         }
     }
 }

@@ -1,11 +1,12 @@
 //! One product of a site group: its inputs, what the kernels make of them, and what a plain loop in f64 does.
 
+use bytemuck::Pod;
 use half::bf16;
 
 use loramux::backend::Gates;
 use loramux::backend::cuda::lora::{
-    ChunkArena, ChunkLists, Epilogue, LoraKernels, LowRank, Matrix, ProductKernel, RankChunk, Scratch,
-    ShrinkKernel, Site, SiteGroup, Step, WorkList,
+    ChunkArena, ChunkLists, Epilogue, LoraKernels, LowRank, Matrix, Outputs, ProductKernel, RankChunk,
+    Scratch, ShrinkKernel, Site, SiteGroup, Step, WorkList,
 };
 use loramux::backend::cuda::{DeviceBuffer, Stream};
 
@@ -36,11 +37,26 @@ pub struct Expert {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Output {
     Store,
+    /// Not rounded.
+    StoreFp32,
     /// The residual is a buffer of its own.
     AddResidual,
     /// The residual is y.
     AddInPlace,
     SwiGlu,
+}
+
+/// How a product is made, and the elements between its rows of outputs.
+#[derive(Clone, Copy, Debug)]
+pub struct Path {
+    pub kernel: ProductKernel,
+    pub padding: usize,
+}
+
+impl From<ProductKernel> for Path {
+    fn from(kernel: ProductKernel) -> Self {
+        Self { kernel, padding: 16 }
+    }
 }
 
 /// A group of sites with their weights and adapters.
@@ -159,12 +175,12 @@ impl OnDevice {
             group.experts.iter().flat_map(|expert| expert.pairs.iter().flatten().map(|pair| pair.rank));
         let max_rank = max_rank.max().unwrap_or(16);
         let max_entries = (max_rows.div_ceil(128) * group.experts.len()).max(1);
-        let mut capacity = 0;
+        let mut chunks_per_tile = 0;
         let mut sites = Vec::new();
         for (i, &width) in group.widths.iter().enumerate() {
             let pairs = || group.experts.iter().map(|expert| expert.pairs[i].as_ref());
             let chunks: usize = pairs().flatten().map(|pair| pair.rank.div_ceil(16)).sum();
-            capacity += chunks * max_rows.div_ceil(128);
+            chunks_per_tile += chunks;
             let features = [group.in_features, width];
             let mut arena =
                 ChunkArena::new(&stream, features, chunks, slot_count, max_rank).expect("an arena");
@@ -192,7 +208,7 @@ impl OnDevice {
         }
         Self {
             kernels: LoraKernels::new(&device).expect("kernels"),
-            group: SiteGroup::new(&device, sites, max_rows, capacity).expect("a group"),
+            group: SiteGroup::new(&device, sites, max_rows, chunks_per_tile).expect("a group"),
             stream,
             slots,
             max_rows,
@@ -204,30 +220,37 @@ impl OnDevice {
         self.group.slices()
     }
 
-    /// The outputs of a step. Activations have padded rows.
-    pub fn run(&self, group: &Group, batch: &Batch, output: Output, kernel: ProductKernel) -> Vec<bf16> {
+    /// The outputs of a step. What lies between rows of activations is neither read nor written.
+    pub fn run(&self, group: &Group, batch: &Batch, output: Output, path: impl Into<Path>) -> Vec<f32> {
+        let Path { kernel, padding } = path.into();
         let (width, rows) = (group.width(output), batch.rows());
-        let stride = width + 16;
+        let stride = width + padding;
         let residual = self.padded(&batch.residual, rows, width, stride);
-        let y = DeviceBuffer::new(self.stream.device(), rows * stride, "y").expect("memory");
-        let (epilogue, y) = match output {
-            Output::Store => (Epilogue::Store, &y),
-            Output::AddResidual => (Epilogue::AddResidual(residual.slice(..)), &y),
-            Output::AddInPlace => (Epilogue::AddResidual(residual.slice(..)), &residual),
-            Output::SwiGlu => (Epilogue::SwiGlu, &y),
-        };
         let shrink = match kernel {
             ProductKernel::Decode => ShrinkKernel::Rows16,
             ProductKernel::RankExt | ProductKernel::RankExtSplit => ShrinkKernel::Rows64,
         };
-        self.after_shrink(group, batch, shrink, |x, step| {
-            let to = Matrix { data: y.slice(..), stride };
-            let product = self.kernels.product_by(kernel, &self.stream, &self.group, x, to, epilogue, step);
-            product.expect("the product");
-        });
-        let mut padded = vec![bf16::ZERO; rows * stride];
-        self.stream.download(y, &mut padded).expect("the outputs");
-        padded.chunks_exact(stride).flat_map(|row| row[..width].to_vec()).collect()
+        let product = |y: Outputs<'_>, epilogue| {
+            self.after_shrink(group, batch, shrink, |x, step| {
+                let product =
+                    self.kernels.product_by(kernel, &self.stream, &self.group, x, y, epilogue, step);
+                product.expect("the product");
+            });
+        };
+        if output == Output::StoreFp32 {
+            let y = self.upload(&vec![f32::NAN; rows * stride]);
+            product(Matrix { data: y.slice(..), stride }.into(), Epilogue::Store);
+            return self.rows_of(&y, width, stride);
+        }
+        let y = self.padded(&vec![bf16::NAN; rows * width], rows, width, stride);
+        let (epilogue, y) = match output {
+            Output::Store | Output::StoreFp32 => (Epilogue::Store, &y),
+            Output::AddResidual => (Epilogue::AddResidual(residual.slice(..)), &y),
+            Output::AddInPlace => (Epilogue::AddResidual(residual.slice(..)), &residual),
+            Output::SwiGlu => (Epilogue::SwiGlu, &y),
+        };
+        product(Matrix { data: y.slice(..), stride }.into(), epilogue);
+        self.rows_of(y, width, stride)
     }
 
     /// What a step leaves for the products: the chunk list and V.
@@ -287,13 +310,29 @@ impl OnDevice {
     }
 
     /// Rows with something between them that must not be read.
-    fn padded(&self, values: &[bf16], rows: usize, width: usize, stride: usize) -> DeviceBuffer<bf16> {
+    pub fn padded(&self, values: &[bf16], rows: usize, width: usize, stride: usize) -> DeviceBuffer<bf16> {
         let mut padded = vec![bf16::NAN; rows * stride];
         for (to, from) in padded.chunks_exact_mut(stride).zip(values.chunks_exact(width)) {
             to[..width].copy_from_slice(from);
         }
-        let buffer = DeviceBuffer::new(self.stream.device(), padded.len(), "activations").expect("memory");
-        self.stream.upload(&padded, &buffer).expect("a copy");
+        self.upload(&padded)
+    }
+
+    pub fn upload<T: Pod>(&self, values: &[T]) -> DeviceBuffer<T> {
+        let buffer = DeviceBuffer::new(self.stream.device(), values.len(), "a test").expect("memory");
+        self.stream.upload(values, &buffer).expect("a copy");
         buffer
+    }
+
+    /// The rows of a buffer. Panics where something has been written between them.
+    pub fn rows_of<T: Pod + Into<f32>>(&self, y: &DeviceBuffer<T>, width: usize, stride: usize) -> Vec<f32> {
+        let mut padded = vec![T::zeroed(); y.len()];
+        self.stream.download(y, &mut padded).expect("the outputs");
+        let rows = padded.chunks_exact(stride).map(|row| row.split_at(width));
+        let rows = rows.flat_map(|(row, between)| {
+            assert!(between.iter().all(|&value| value.into().is_nan()), "written between rows");
+            row.iter().map(|&value| value.into())
+        });
+        rows.collect()
     }
 }

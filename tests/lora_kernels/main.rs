@@ -5,6 +5,7 @@
 
 #[path = "../common/cuda_device.rs"]
 mod cuda_device;
+mod frozen;
 mod graph;
 mod harness;
 mod lists;
@@ -14,8 +15,7 @@ mod reference;
 mod refusals;
 
 use cuda_device::under_thread_orders;
-use half::bf16;
-use harness::{Batch, Group, OnDevice, Output, Pair, Random};
+use harness::{Batch, Group, OnDevice, Output, Pair, Path, Random};
 use loramux::backend::cuda::lora::ProductKernel;
 use reference::assert_close;
 
@@ -42,20 +42,21 @@ fn check(random: &mut Random, group: &Group, output: Output, gates: Vec<Vec<(u32
         let on_device = OnDevice::new(group, in_order(group.experts.len()), batch.rows().max(1));
         let large = on_device.run(group, &batch, output, ProductKernel::RankExt);
         assert_close(group, &batch, output, &large);
-        for kernel in kernels_for(batch.rows()) {
-            let other = on_device.run(group, &batch, output, kernel);
-            assert_eq!(bits(&other), bits(&large), "{kernel:?} must agree with RankExt to the bit");
+        for path in paths_for(random, batch.rows()) {
+            let other = on_device.run(group, &batch, output, path);
+            assert_eq!(bits(&other), bits(&large), "{path:?} must agree with RankExt to the bit");
         }
     });
 }
 
-/// The kernels that a product of so many rows can take.
-fn kernels_for(rows: usize) -> Vec<ProductKernel> {
+/// The ways in which a product of so many rows can be made, with rows of outputs some of which begin anywhere.
+fn paths_for(random: &mut Random, rows: usize) -> Vec<Path> {
     use ProductKernel::*;
-    if rows <= 64 { vec![Decode, RankExt, RankExtSplit] } else { vec![RankExt, RankExtSplit] }
+    let kernels = if rows <= 64 { vec![Decode, RankExt, RankExtSplit] } else { vec![RankExt, RankExtSplit] };
+    kernels.into_iter().map(|kernel| Path { kernel, padding: [16, 5][random.below(2)] }).collect()
 }
 
-fn bits(values: &[bf16]) -> Vec<u16> {
+fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
@@ -181,6 +182,43 @@ fn widths_that_fill_no_tile() {
     }
 }
 
+/// Vocabularies, head widths and intermediate widths that are no multiples of anything.
+#[test]
+fn any_output_widths() {
+    let random = &mut Random(14);
+    for (input, widths, output) in [
+        (64, vec![1], Output::Store),
+        (72, vec![67, 5, 130], Output::Store),
+        (136, vec![10, 10, 10, 9], Output::AddInPlace),
+        (64, vec![101], Output::AddResidual),
+        (72, vec![52, 52], Output::SwiGlu),
+        (64, vec![51, 51], Output::SwiGlu),
+        (1024, vec![65], Output::StoreFp32),
+        (2048, vec![35, 35], Output::SwiGlu),
+    ] {
+        let ranks = same_ranks(&[5, 16, 20], widths.len());
+        let mut group = Group::new(random, input, &widths, true, &ranks);
+        for (site, pair) in group.experts[2].pairs.iter_mut().enumerate() {
+            let pair = pair.as_mut().expect("a target");
+            pair.column_scale = Some((0..widths[site]).map(|_| 1.0 + random.number() / 2.0).collect());
+            pair.bias = Some(random.floats(widths[site]));
+        }
+        check(random, &group, output, runs(&[(Some(0), 7), (Some(2), 2), (Some(1), 7), (None, 3)]));
+    }
+}
+
+/// Logits are compared where differences are small beside them.
+#[test]
+fn outputs_that_are_not_rounded() {
+    let random = &mut Random(15);
+    for (input, widths) in [(128, vec![72]), (1024, vec![72]), (64, vec![16, 200])] {
+        let group = Group::new(random, input, &widths, true, &same_ranks(&[16, 3], widths.len()));
+        check(random, &group, Output::StoreFp32, runs(&[(Some(0), 20), (None, 5), (Some(1), 31)]));
+    }
+    let group = Group::new(random, 64, &[136], false, &same_ranks(&[16], 1));
+    check(random, &group, Output::StoreFp32, runs(&[(Some(0), 100), (None, 80)]));
+}
+
 #[test]
 fn k_in_slices() {
     let random = &mut Random(10);
@@ -243,13 +281,13 @@ fn a_row_has_the_same_bits_in_every_batch() {
             let part = batch.pick(&group, output, &rows);
             let slots = vec![vec![5, 3, 4, 0, 2, 1], vec![9, 11, 2, 0, 7, 5]][round % 2].clone();
             let on_device = OnDevice::new(&group, slots, count);
-            for kernel in kernels_for(count) {
-                let got = on_device.run(&group, &part, output, kernel);
+            for path in paths_for(random, count) {
+                let got = on_device.run(&group, &part, output, path);
                 for (i, &row) in rows.iter().enumerate() {
                     assert_eq!(
                         bits(&got[i * width..(i + 1) * width]),
                         bits(&all[row * width..(row + 1) * width]),
-                        "row {row} as row {i} of {count}, {kernel:?}"
+                        "row {row} as row {i} of {count}, {path:?}"
                     );
                 }
             }

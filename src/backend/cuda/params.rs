@@ -158,11 +158,12 @@ pub struct ChunkListGroup {
     pub site: [ChunkListSite; 4usize],
     /// [tiles · sites · slices + 1]
     pub starts: u64,
-    /// [capacity]
+    /// [tiles · tile_capacity]
     pub chunks: u64,
     pub sites: u32,
     pub slices: u32,
-    pub capacity: u32,
+    /// Most chunks of a row tile.
+    pub tile_capacity: u32,
     pub reserved: u32,
 }
 
@@ -175,8 +176,8 @@ const _: () = {
     ["Offset of field: ChunkListGroup::chunks"][::std::mem::offset_of!(ChunkListGroup, chunks) - 104usize];
     ["Offset of field: ChunkListGroup::sites"][::std::mem::offset_of!(ChunkListGroup, sites) - 112usize];
     ["Offset of field: ChunkListGroup::slices"][::std::mem::offset_of!(ChunkListGroup, slices) - 116usize];
-    ["Offset of field: ChunkListGroup::capacity"]
-        [::std::mem::offset_of!(ChunkListGroup, capacity) - 120usize];
+    ["Offset of field: ChunkListGroup::tile_capacity"]
+        [::std::mem::offset_of!(ChunkListGroup, tile_capacity) - 120usize];
     ["Offset of field: ChunkListGroup::reserved"]
         [::std::mem::offset_of!(ChunkListGroup, reserved) - 124usize];
 };
@@ -193,7 +194,7 @@ pub struct ChunkListParams {
     pub tile_entries: u64,
     /// [entries]: slots. A tile's entries ascend by the experts' order, the same in every step.
     pub entry_slots: u64,
-    /// [1]: set to 1 when a list did not fit its capacity; such a list is cut off, never overrun.
+    /// [1]: set to 1 when a tile had more chunks than it may have; they are cut off, never overrun.
     pub overflow: u64,
 }
 
@@ -302,6 +303,8 @@ pub enum Epilogue {
     AddResidual = 1,
     /// y = silu(site 0) ⊙ site 1, each with its bias
     Swiglu = 2,
+    /// y = sum + bias in fp32, not rounded
+    StoreFp32 = 3,
 }
 
 /// `gemm_rank_ext_*` and `gemm_decode_*`: Y = X · Wᵀ + bias + Σ_chunks V · Bᵀ, all sites of a group.
@@ -309,14 +312,14 @@ pub enum Epilogue {
 /// The sum of one output is defined by the group alone: K is cut into `slices` runs of K blocks; a slice is summed in
 /// fp32 over ascending k, from zero, then changed column by column where experts do that (their biases in slice 0), then
 /// summed over its rank chunks in list order; slices are added in ascending order; bias and residual come last; the
-/// result is rounded to bf16 once. All kernels keep to it, so a row's bits depend neither on the kernel nor on the other
+/// result is rounded to bf16 once, or not at all. All kernels keep to it, so a row's bits depend neither on the kernel nor on the other
 /// rows.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct GemmParams {
     /// [rows][x_stride], in_features used.
     pub x: u64,
-    /// [rows][y_stride]
+    /// [rows][y_stride] of bf16, or of floats for STORE_FP32.
     pub y: u64,
     /// [rows][y_stride], for ADD_RESIDUAL; may be y itself.
     pub residual: u64,
@@ -349,7 +352,8 @@ pub struct GemmParams {
     pub column_tiles: u32,
     /// Whether a slot of the group has a column scale or a bias.
     pub changes_columns: u32,
-    pub reserved: u32,
+    /// Outputs of an access: 8 where widths, strides and addresses allow it, else 1.
+    pub access: u32,
 }
 
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -380,7 +384,7 @@ const _: () = {
         [::std::mem::offset_of!(GemmParams, column_tiles) - 284usize];
     ["Offset of field: GemmParams::changes_columns"]
         [::std::mem::offset_of!(GemmParams, changes_columns) - 288usize];
-    ["Offset of field: GemmParams::reserved"][::std::mem::offset_of!(GemmParams, reserved) - 292usize];
+    ["Offset of field: GemmParams::access"][::std::mem::offset_of!(GemmParams, access) - 292usize];
 };
 
 /// Where a row of a step stands in its sequence.

@@ -228,7 +228,7 @@ fn check_rows(name: &str, matrix: Matrix<'_>, rows: usize, width: usize) -> Resu
 }
 
 /// Values of an access: 8 where all widths are in multiples of 8 and all addresses on 16-byte boundaries.
-fn access(widths: &[usize], addresses: &[u64]) -> u32 {
+pub(super) fn access(widths: &[usize], addresses: &[u64]) -> u32 {
     let whole = widths.iter().all(|width| width.is_multiple_of(8));
     if whole && addresses.iter().all(|address| address.is_multiple_of(16)) { 8 } else { 1 }
 }

@@ -12,6 +12,7 @@ use super::super::params::{
     MAX_SHRINK_SLICES, MAX_SITES, MAX_SLICES, ROW_TILE, RankChunk,
 };
 use super::super::{CudaError, Device, DeviceBuffer, Launch, Stream};
+use super::product::check_layer;
 use super::{ChunkArena, LoraKernels, WorkList};
 
 /// Thread blocks that a decode product should at least have: about one for each multiprocessor of a large GPU.
@@ -54,7 +55,7 @@ pub struct Site {
 pub struct SiteGroup {
     sites: Vec<Site>,
     slices: usize,
-    capacity: usize,
+    chunks_per_tile: usize,
     /// `[tiles · slices · sites + 1]`
     starts: DeviceBuffer<u32>,
     /// `[capacity]`
@@ -63,16 +64,16 @@ pub struct SiteGroup {
 }
 
 impl SiteGroup {
-    /// A group for steps of up to `max_rows` rows, whose tiles use up to `capacity` rank chunks together.
+    /// A group for steps of up to `max_rows` rows, of which a tile of 128 uses up to `chunks_per_tile` rank chunks.
     ///
     /// # Errors
-    /// [`CudaError::Shape`] for no or too many sites, for sites of different inputs, and for widths that are no
+    /// [`CudaError::Shape`] for no or too many sites, for sites of different inputs, and for inputs that are no
     /// multiples of 8. A lookup is a group of its own, of any widths.
     pub fn new(
         device: &Arc<Device>,
         sites: Vec<Site>,
         max_rows: usize,
-        capacity: usize,
+        chunks_per_tile: usize,
     ) -> Result<Self, CudaError> {
         if !(1..=MAX_SITES).contains(&sites.len()) {
             return Err(CudaError::Shape(format!(
@@ -84,42 +85,26 @@ impl SiteGroup {
         let lookup = sites[0].chunks.is_lookup();
         for site in &sites {
             let [input, output] = [site.chunks.in_features(), site.chunks.out_features()];
-            let whole = input.is_multiple_of(8) && output.is_multiple_of(8);
+            let alone = sites.len() == 1;
             if input != in_features
-                || (lookup || site.chunks.is_lookup()) && sites.len() > 1
-                || !lookup && !whole
-                || input * output == 0
+                || (lookup || site.chunks.is_lookup()) && !alone
+                || !lookup && !input.is_multiple_of(8)
             {
                 return Err(CudaError::Shape(format!(
-                    "a site from {input} to {output} in a group from {in_features}: wanted the same input, and widths \
-                     in multiples of 8"
+                    "a site from {input} to {output} in a group from {in_features}: wanted the same input, in \
+                     multiples of 8"
                 )));
             }
-            if site.weight.len() != input * output {
-                return Err(CudaError::Length {
-                    operation: "weight of a site",
-                    from: site.weight.len(),
-                    into: input * output,
-                });
-            }
-            if let Some(bias) = &site.bias
-                && bias.len() != output
-            {
-                return Err(CudaError::Length {
-                    operation: "bias of a site",
-                    from: bias.len(),
-                    into: output,
-                });
-            }
+            check_layer(input, output, site.weight.len(), site.bias.as_ref().map(DeviceBuffer::len))?;
         }
         let slices = k_slices(in_features, sites.iter().map(|site| site.chunks.out_features()));
-        let cells = max_rows.div_ceil(ROW_TILE) * slices * sites.len();
+        let tiles = max_rows.div_ceil(ROW_TILE);
         Ok(Self {
-            starts: DeviceBuffer::new(device, cells + 1, "starts of a chunk list")?,
-            list: DeviceBuffer::new(device, capacity, "a chunk list")?,
+            starts: DeviceBuffer::new(device, tiles * slices * sites.len() + 1, "starts of a chunk list")?,
+            list: DeviceBuffer::new(device, tiles * chunks_per_tile, "a chunk list")?,
             sites,
             slices,
-            capacity,
+            chunks_per_tile,
             max_rows,
         })
     }
@@ -146,9 +131,19 @@ impl SiteGroup {
         self.slices
     }
 
-    /// Most rank chunks that the tiles of a step may use together.
+    /// Most rank chunks that a step may use: those of a tile, for each tile.
     pub fn capacity(&self) -> usize {
-        self.capacity
+        self.capacity_of_rows(self.max_rows)
+    }
+
+    /// The same of a step's first rows.
+    pub(super) fn capacity_of_rows(&self, rows: usize) -> usize {
+        rows.min(self.max_rows).div_ceil(ROW_TILE) * self.chunks_per_tile
+    }
+
+    /// Outputs of each site.
+    pub(super) fn widths(&self) -> Vec<usize> {
+        self.sites.iter().map(|site| site.chunks.out_features()).collect()
     }
 
     /// The table of a lookup, with the experts of the step in `work`: what `ElementwiseKernels::embed` takes.
@@ -177,7 +172,7 @@ impl SiteGroup {
             weight: site.weight.slice(..),
             vocabulary: site.chunks.in_features(),
             width: site.chunks.out_features(),
-            experts: (self.capacity > 0).then_some(experts),
+            experts: (self.chunks_per_tile > 0).then_some(experts),
         })
     }
 
@@ -189,7 +184,7 @@ impl SiteGroup {
     /// stream; for tests and tools.
     pub fn read_list(&self, stream: &Stream) -> Result<(Vec<u32>, Vec<RankChunk>), CudaError> {
         let mut starts = vec![0; self.starts.len()];
-        let mut chunks = vec![RankChunk::default(); self.capacity];
+        let mut chunks = vec![RankChunk::default(); self.capacity()];
         stream.download(&self.starts, &mut starts)?;
         stream.download(&self.list, &mut chunks)?;
         Ok((starts, chunks))
@@ -213,7 +208,7 @@ impl SiteGroup {
             chunks: self.list.address(),
             sites: self.sites.len() as u32,
             slices: self.slices as u32,
-            capacity: self.capacity as u32,
+            tile_capacity: self.chunks_per_tile as u32,
             ..Zeroable::zeroed()
         };
         for (to, site) in group.site.iter_mut().zip(&self.sites) {

@@ -20,11 +20,15 @@
 mod chunks;
 mod group;
 mod kernels;
+mod product;
+mod scratch;
 mod work_list;
 
 pub use chunks::{ChunkArena, LowRank};
 pub use group::{ChunkLists, Site, SiteGroup, k_slices, shrink_slices};
-pub use kernels::{Epilogue, LoraKernels, ProductKernel, Scratch, ShrinkKernel, Step};
+pub use kernels::{LoraKernels, ProductKernel, ShrinkKernel, Step};
+pub use product::{Epilogue, FrozenLayer, Outputs};
+pub use scratch::Scratch;
 pub use work_list::WorkList;
 
 pub use super::Matrix;
