@@ -1,5 +1,6 @@
 //! Activations on the device.
 
+use bytemuck::Pod;
 use half::bf16;
 
 use super::DeviceSlice;
@@ -10,4 +11,14 @@ pub struct Matrix<'a, T = bf16> {
     pub data: DeviceSlice<'a, T>,
     /// Elements from row to row; for the inputs of products a multiple of 8.
     pub stride: usize,
+}
+
+impl<'a, T: Pod> Matrix<'a, T> {
+    /// The rows from `first` on.
+    ///
+    /// # Panics
+    /// When there are fewer rows.
+    pub fn from_row(self, first: usize) -> Self {
+        Self { data: self.data.slice(first * self.stride..), stride: self.stride }
+    }
 }

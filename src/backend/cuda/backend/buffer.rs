@@ -1,6 +1,6 @@
 //! What the trait's operations hold: activations, weights and caches in device memory.
 
-use std::borrow::Cow;
+use std::sync::Arc;
 
 use half::bf16;
 
@@ -8,7 +8,6 @@ use super::super::lora::Outputs;
 use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Matrix, Stream};
 use crate::backend::{AttentionShape, PAGE};
 use crate::tensor::{DType, Tensor};
-use std::sync::Arc;
 
 /// Rows of products are read in pieces of so many values; what is narrower is padded with zeros.
 const PIECE: usize = 8;
@@ -18,12 +17,11 @@ pub(super) fn padded(width: usize) -> usize {
     width.next_multiple_of(PIECE)
 }
 
-/// A frozen matrix `[rows, width]` in bf16, rows padded to `stride` with zeros. Clones share it.
+/// A frozen matrix in bf16, `[rows, stride]`: rows are padded with zeros. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Weight {
     pub(super) data: DeviceBuffer<bf16>,
     pub(super) rows: usize,
-    pub(super) width: usize,
     pub(super) stride: usize,
 }
 
@@ -42,7 +40,7 @@ impl Weight {
             let part = Tensor::new(tensor.dtype(), vec![last - first, width], bytes);
             stream.upload(&rounded(&part, stride), data.slice(first * stride..last * stride))?;
         }
-        Ok(Self { data, rows, width, stride })
+        Ok(Self { data, rows, stride })
     }
 }
 
@@ -52,12 +50,15 @@ const UPLOAD: usize = 16 << 20;
 /// The values of a matrix as bf16, rows padded to `stride` with zeros.
 pub(super) fn rounded(matrix: &Tensor, stride: usize) -> Vec<bf16> {
     let width = *matrix.shape().last().expect("a matrix has a width");
-    let values: Cow<[bf16]> = match matrix.dtype() {
-        DType::BF16 => bytemuck::pod_collect_to_vec::<u8, bf16>(matrix.bytes()).into(),
+    let values: Vec<bf16> = match matrix.dtype() {
+        DType::BF16 => {
+            let (pairs, _) = matrix.bytes().as_chunks();
+            pairs.iter().map(|&pair| bf16::from_le_bytes(pair)).collect()
+        }
         DType::F32 | DType::F16 => matrix.to_f32().into_iter().map(bf16::from_f32).collect(),
     };
     if width == stride {
-        return values.into_owned();
+        return values;
     }
     let mut rows = vec![bf16::ZERO; matrix.shape()[0] * stride];
     for (to, from) in rows.chunks_exact_mut(stride).zip(values.chunks_exact(width.max(1))) {

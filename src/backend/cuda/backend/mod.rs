@@ -28,6 +28,7 @@ use super::elementwise::{BlockPages, ElementwiseKernels, EmbeddingTable, HeadNor
 use super::experts::ExpertMemory;
 use super::lora::{ChunkArena, Epilogue, FrozenLayer, LoraKernels, LowRank, Seated, Site, SiteGroup};
 use super::{CudaError, Device, DeviceBuffer, Graph, Matrix, Stream};
+use crate::backend::sampling::{Draw, Drawn};
 use crate::backend::{
     AttentionShape, Backend, BackendError, ExpertWeights, FrozenLinear, Gates, HeadNorms, RotaryTables, Rows,
     SiteChange, StepLimits, Write,
@@ -216,7 +217,9 @@ impl Cuda {
         y: &Buffer,
     ) -> Result<(), CudaError> {
         let (steps, group) = (self.steps()?, &self.groups[index]);
-        self.lora.linear(&self.stream, group, x.matrix()?, y.outputs(0), epilogue, &steps.products())?;
+        let step = steps.products();
+        self.lora.shrink_gate(&self.stream, group, x.matrix()?, &step)?;
+        self.lora.product(&self.stream, group, x.matrix()?, y.outputs(0), epilogue, &step)?;
         for (weight, first, rows) in self.replaced_rows(index, gates) {
             let site = &group.sites()[0];
             let layer = FrozenLayer {
@@ -321,7 +324,7 @@ impl Backend for Cuda {
         self.steps = None;
         self.reserved += 1;
         for group in &mut self.groups {
-            group.reserve(&self.device, limits.rows.max(limits.picked))?;
+            group.reserve(limits.rows.max(limits.picked))?;
         }
         self.steps = Some(Steps::new(&self.stream, &self.groups, limits, self.memory.seats)?);
         Ok(())
@@ -398,11 +401,11 @@ impl Backend for Cuda {
     fn embed(&mut self, table: &GroupId, rows: &Rows, y: &mut Buffer) -> Result<(), BackendError> {
         let (steps, y) = (self.steps()?, y.matrix()?);
         let table_of = self.groups[table.0].lookup(steps.work())?;
-        self.elementwise.embed(&self.stream, &table_of, &steps.rows, 0, steps.count(), y)?;
+        self.elementwise.embed(&self.stream, &table_of, &steps.rows, steps.count(), y)?;
         for (weight, first, count) in self.replaced_rows(table.0, &rows.gates) {
             let own = EmbeddingTable { weight: weight.data.slice(..), experts: None, ..table_of };
             let (count, y) = (steps.count_of(count), y.from_row(first));
-            self.elementwise.embed(&self.stream, &own, &steps.rows, first, count, y)?;
+            self.elementwise.embed_from(first, &self.stream, &own, &steps.rows, count, y)?;
         }
         Ok(())
     }
@@ -493,6 +496,16 @@ impl Backend for Cuda {
         steps.pick(stream, lora, picked, gates, |expert| seat_of(experts, expert))?;
         let (count, width) = (steps.count(), x.width);
         Ok(elementwise.pick_rows(stream, x.matrix()?, width, &steps.rows, count, y.matrix()?)?)
+    }
+
+    fn sample(
+        &mut self,
+        logits: &Buffer,
+        draws: &[Draw<'_>],
+        drawn: &mut Vec<Drawn>,
+    ) -> Result<(), BackendError> {
+        let _ = (logits, draws, drawn);
+        unreachable!("until the kernel is merged")
     }
 
     fn read<'a>(&'a mut self, x: &'a Buffer, rows: usize) -> Result<&'a [f32], BackendError> {

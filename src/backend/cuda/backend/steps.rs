@@ -88,7 +88,7 @@ impl Steps {
     ) -> Result<(), CudaError> {
         self.rows.set(stream, rows, &[])?;
         self.attention.set(stream, rows)?;
-        self.work.set(stream, &rows.gates, expert)?;
+        self.work.set_seated(stream, &rows.gates, expert)?;
         self.lists.build(stream, kernels, &self.work)?;
         let count = rows.len();
         let graph = GRAPH_ROWS
@@ -109,7 +109,7 @@ impl Steps {
         expert: impl Fn(u32) -> Option<Seated>,
     ) -> Result<(), CudaError> {
         self.rows.set_picked(stream, picked)?;
-        self.picked.set(stream, gates, expert)?;
+        self.picked.set_seated(stream, gates, expert)?;
         self.lists.build(stream, kernels, &self.picked)?;
         self.current = Current::Picked { rows: picked.len() };
         Ok(())

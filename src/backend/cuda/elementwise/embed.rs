@@ -35,8 +35,7 @@ pub struct LookupExperts<'a> {
 }
 
 impl ElementwiseKernels {
-    /// `y[i] = table[token[first + i]] + Σ gate · scale · B · A[:, token[first + i]]` in fp32, rounded once, for `count`
-    /// rows of the step from `first` on; experts only from the first row on.
+    /// `y[row] = table[token[row]] + Σ gate · scale · B · A[:, token[row]]` in fp32, rounded once.
     ///
     /// # Errors
     /// [`CudaError::Shape`] when the table is smaller than the step's vocabulary, or buffers than they have to be.
@@ -45,7 +44,20 @@ impl ElementwiseKernels {
         stream: &Stream,
         table: &EmbeddingTable<'_>,
         steps: &StepRows,
+        count: RowCount<'_>,
+        y: Matrix<'_>,
+    ) -> Result<(), CudaError> {
+        self.embed_from(0, stream, table, steps, count, y)
+    }
+
+    /// [`embed`](Self::embed) of the step's rows from `first` on, into y from its own first row on. Experts are looked up
+    /// by tiles of the whole step: a table that has some starts at row 0.
+    pub fn embed_from(
+        &self,
         first: usize,
+        stream: &Stream,
+        table: &EmbeddingTable<'_>,
+        steps: &StepRows,
         count: RowCount<'_>,
         y: Matrix<'_>,
     ) -> Result<(), CudaError> {

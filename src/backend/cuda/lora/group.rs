@@ -98,15 +98,30 @@ impl SiteGroup {
             check_layer(input, output, site.weight.len(), site.bias.as_ref().map(DeviceBuffer::len))?;
         }
         let slices = k_slices(in_features, sites.iter().map(|site| site.chunks.out_features()));
-        let tiles = max_rows.div_ceil(ROW_TILE);
+        let [starts, list] = list_lengths(max_rows, slices * sites.len(), chunks_per_tile);
         Ok(Self {
-            starts: DeviceBuffer::new(device, tiles * slices * sites.len() + 1, "starts of a chunk list")?,
-            list: DeviceBuffer::new(device, tiles * chunks_per_tile, "a chunk list")?,
+            starts: DeviceBuffer::new(device, starts, "starts of a chunk list")?,
+            list: DeviceBuffer::new(device, list, "a chunk list")?,
             sites,
             slices,
             chunks_per_tile,
             max_rows,
         })
+    }
+
+    /// Makes room for the lists of steps of up to `max_rows` rows. What was made of the group before (lists, scratch
+    /// memory, captured launches) is of no use afterwards.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`]; the group is then as it was.
+    pub fn reserve(&mut self, max_rows: usize) -> Result<(), CudaError> {
+        let device = Arc::clone(self.starts.device());
+        let [starts, list] = list_lengths(max_rows, self.slices * self.sites.len(), self.chunks_per_tile);
+        let starts = DeviceBuffer::new(&device, starts, "starts of a chunk list")?;
+        self.list = DeviceBuffer::new(&device, list, "a chunk list")?;
+        self.starts = starts;
+        self.max_rows = max_rows;
+        Ok(())
     }
 
     pub fn sites(&self) -> &[Site] {
@@ -220,6 +235,12 @@ impl SiteGroup {
         }
         group
     }
+}
+
+/// How many starts and chunks the list of a step has: cells of every tile of rows, and an end.
+fn list_lengths(max_rows: usize, cells_per_tile: usize, chunks_per_tile: usize) -> [usize; 2] {
+    let tiles = max_rows.div_ceil(ROW_TILE);
+    [tiles * cells_per_tile + 1, tiles * chunks_per_tile]
 }
 
 /// The chunk lists of all groups of a model.

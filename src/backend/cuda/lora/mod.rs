@@ -20,16 +20,20 @@
 mod chunks;
 mod group;
 mod kernels;
+mod layout;
 mod product;
 mod scratch;
 mod work_list;
 
-pub use chunks::{ChunkArena, LowRank};
+pub use chunks::{ChunkArena, SlotContent};
 pub use group::{ChunkLists, Site, SiteGroup, k_slices, shrink_slices};
 pub use kernels::{LoraKernels, ProductKernel, ShrinkKernel, Step};
+pub use layout::{ArenaShape, LowRank};
 pub use product::{Epilogue, FrozenLayer, Outputs};
 pub use scratch::Scratch;
-pub use work_list::WorkList;
+pub use work_list::{Seated, WorkList};
 
 pub use super::Matrix;
 pub use super::params::RankChunk;
+
+pub(super) use layout::PairLayout;

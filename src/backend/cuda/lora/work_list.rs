@@ -61,13 +61,23 @@ impl WorkList {
         })
     }
 
-    /// Takes the rows of the next step; `seated` says where an expert of the gates is. One that is nowhere changes nothing.
+    /// Takes the rows of the next step, whose gates name slots; `order_of` gives the order of the expert in a slot.
     ///
     /// Queues two copies and does not wait for them; waits for the copies of the step before, if they are not done.
     ///
     /// # Errors
     /// [`CudaError::Shape`] when the step has more rows or entries than there is room for.
     pub fn set(
+        &mut self,
+        stream: &Stream,
+        gates: &Gates,
+        order_of: impl Fn(u32) -> u64,
+    ) -> Result<(), CudaError> {
+        self.set_seated(stream, gates, |slot| Some(Seated { seat: slot, order: order_of(slot) }))
+    }
+
+    /// [`set`](Self::set) for gates that name experts which `seated` finds; one that is nowhere changes nothing.
+    pub fn set_seated(
         &mut self,
         stream: &Stream,
         gates: &Gates,

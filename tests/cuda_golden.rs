@@ -1,0 +1,83 @@
+//! The CUDA backend against transformers + PEFT: every family with every adapter, alone and mixed, in bf16.
+
+mod common;
+#[path = "common/cuda_device.rs"]
+mod cuda_device;
+
+use common::forward::{entries, load, logits};
+use common::{Case, FAMILIES, VARIANTS};
+use loramux::backend::cuda::{Cuda, MemoryOptions};
+
+/// ‖Δ‖ / ‖wanted‖ of a case's logits: weights and activations are rounded to eight bits here, and to 24 there.
+const TOLERANCE: f64 = 2e-2;
+
+const MEMORY: MemoryOptions = MemoryOptions { utilization: 0.9, seats: 32, max_rank: 64, chunks: 64 };
+
+fn cuda() -> Cuda {
+    Cuda::on(&cuda_device::device(), MEMORY).expect("a backend")
+}
+
+fn matches(label: &str) {
+    let case = Case::open(label);
+    let mut backend = cuda();
+    let transformer = load(&case, &mut backend);
+    let prompts = case.prompts();
+    let names = case.adapters();
+    let gates: Vec<_> = (0..names.len()).map(entries).collect();
+    let mut mixed = Vec::new();
+    let mut alone = Vec::new();
+    for (slot, name) in names.iter().enumerate() {
+        for (index, prompt) in prompts.iter().enumerate() {
+            let Some(wanted) = case.logits(name, index) else { continue };
+            mixed.push((gates[slot].as_slice(), prompt.as_slice()));
+            let got = logits(&mut backend, &transformer, &[(&gates[slot], prompt)]).remove(0);
+            let error = relative_error(&got, &wanted);
+            assert!(error <= TOLERANCE, "{label} {name} prompt {index}: logits are off by {error}");
+            alone.push(got);
+        }
+    }
+    assert!(alone.len() >= names.len(), "{label}: only {} prompts have logits", alone.len());
+    let together = logits(&mut backend, &transformer, &mixed);
+    for (index, (alone, together)) in alone.iter().zip(&together).enumerate() {
+        let same = alone.iter().zip(together).all(|(a, b)| a.to_bits() == b.to_bits());
+        assert!(same, "{label}: batch entry {index} changed bits among others");
+    }
+}
+
+fn relative_error(got: &[f32], wanted: &[f32]) -> f64 {
+    assert_eq!(got.len(), wanted.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut got.iter().zip(wanted).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    difference / norm(&mut wanted.iter().map(|&b| f64::from(b)))
+}
+
+macro_rules! cases {
+    ($($name:ident: $label:literal,)*) => {
+        /// Every case has its test.
+        const TESTED: &[&str] = &[$($label),*];
+        $(#[test] fn $name() { matches($label); })*
+    };
+}
+
+cases! {
+    logits_of_llama_match: "llama",
+    logits_of_llama_with_tied_embeddings_match: "llama-tied",
+    logits_of_qwen2_match: "qwen2",
+    logits_of_qwen3_match: "qwen3",
+    logits_of_mistral_match: "mistral",
+    logits_of_phi3_match: "phi3",
+    logits_of_llama_linear_match: "llama-linear",
+    logits_of_llama_yarn_match: "llama-yarn",
+    logits_of_phi3_su_match: "phi3-su",
+    logits_of_qwen2_windows_match: "qwen2-windows",
+    logits_of_qwen3_biases_match: "qwen3-biases",
+}
+
+#[test]
+fn every_golden_case_is_compared() {
+    let mut all: Vec<_> = FAMILIES.into_iter().chain(VARIANTS).collect();
+    all.sort_unstable();
+    let mut tested = TESTED.to_vec();
+    tested.sort_unstable();
+    assert_eq!(tested, all);
+}
