@@ -11,7 +11,7 @@ use loramux::backend::cuda::{Cuda, MemoryOptions};
 /// ‖Δ‖ / ‖wanted‖ of a case's logits: weights and activations are rounded to eight bits here, and to 24 there.
 const TOLERANCE: f64 = 2e-2;
 
-const MEMORY: MemoryOptions = MemoryOptions { utilization: 0.9, seats: 32, max_rank: 64, chunks: 64 };
+const MEMORY: MemoryOptions = MemoryOptions { utilization: 0.9, seats: 32, max_rank: 128, chunks: 64 };
 
 fn cuda() -> Cuda {
     Cuda::on(&cuda_device::device(), MEMORY).expect("a backend")

@@ -136,6 +136,8 @@ pub struct StepLimits {
     /// Pages of the KV cache.
     pub cache_pages: usize,
     pub attention: AttentionShape,
+    /// Width of what [`Backend::linear_swiglu`] leaves.
+    pub gated_width: usize,
 }
 
 /// The operations. Activations are `[rows, width]` in buffers made once for the largest step.
@@ -268,7 +270,7 @@ pub trait Backend: Sized + Send + 'static {
         y: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
-    /// `y = silu(gate) ⊙ up` for a group of those two sites (Shazeer 2020).
+    /// `y = silu(gate) ⊙ up` for a group of those two sites, or of one with both side by side (Shazeer 2020).
     fn linear_swiglu(
         &mut self,
         group: &Self::Group,

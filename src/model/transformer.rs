@@ -231,6 +231,7 @@ impl<B: Backend> Transformer<B> {
             rotary_variants: config.rope.variants(),
             cache_pages: 0,
             attention: self.shape,
+            gated_width: config.intermediate_size,
         };
         limits.cache_pages = pages(backend.cache_room(&limits)?)?;
         backend.reserve(&limits)?;

@@ -1,4 +1,5 @@
 //! The device that tests of kernels run on: the emulator, or with `LORAMUX_TEST_DEVICE=cuda` a GPU.
+#![allow(dead_code, reason = "every test binary uses its own part")]
 
 use std::sync::Arc;
 

@@ -9,7 +9,7 @@
 //! # Launches
 //!
 //! A decoder block of a replayed step is eight: norm, `q·k·v`, rotation and store, attention, `o` with the residual,
-//! norm, `gate·up` with SwiGLU, `down` with the residual. Up to 64 rows a product computes V itself, LoRA included;
+//! norm, `gate·up` with SwiGLU (two where the checkpoint has both in one layer), `down` with the residual. Up to 64 rows a product computes V itself, LoRA included;
 //! for more rows each of the four has a shrink launch before it. A step begins with one launch for the chunk lists and
 //! one for the embeddings, and ends with rows, norm and `lm_head`.
 
@@ -444,7 +444,14 @@ impl Backend for Cuda {
         gates: &Gates,
         y: &mut Buffer,
     ) -> Result<(), BackendError> {
-        Ok(self.product(group, x, gates, Epilogue::SwiGlu, y)?)
+        if self.groups[group.0].sites().len() == 2 {
+            return Ok(self.product(group, x, gates, Epilogue::SwiGlu, y)?);
+        }
+        let steps = self.steps()?;
+        let gate_up = &steps.gate_up;
+        self.product(group, x, gates, Epilogue::Store, gate_up)?;
+        let (from, count, to) = (gate_up.matrix()?, steps.count(), y.matrix()?);
+        Ok(self.elementwise.swiglu(&self.stream, from, y.width, count, to)?)
     }
 
     fn rope_store(

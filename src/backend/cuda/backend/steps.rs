@@ -5,6 +5,7 @@ use super::super::elementwise::{RowCount, StepLimits as RowLimits, StepRows};
 use super::super::lora::{ChunkLists, LoraKernels, Scratch, Seated, SiteGroup, Step, WorkList};
 use super::super::params::ROW_TILE;
 use super::super::{CudaError, DeviceBuffer, Stream};
+use super::Buffer;
 use crate::backend::{Gates, Rows, StepLimits};
 
 /// Most rows of a step that is replayed as a graph, and the numbers of rows that there are graphs for.
@@ -20,6 +21,8 @@ pub(super) struct Steps {
     attention: AttentionWork,
     lists: ChunkLists,
     scratch: Scratch,
+    /// `gate | up` of layers that have both in one; without rows where there are none.
+    pub gate_up: Buffer,
     /// The numbers 0, 1, 2, …: how many rows a launch has that the host counts.
     counts: DeviceBuffer<u32>,
     current: Current,
@@ -61,6 +64,9 @@ impl Steps {
             cache_pages,
         };
         let of_attention = AttentionLimits { rows, sequences, pages: cache_pages, cache_pages };
+        let both =
+            |group: &SiteGroup| group.sites().len() == 1 && group.out_features() == 2 * limits.gated_width;
+        let gate_up_rows = if groups.iter().any(both) { rows } else { 0 };
         let groups: Vec<&SiteGroup> = groups.iter().collect();
         let counts: Vec<u32> = (0..=rows.max(picked) as u32).collect();
         let steps = Self {
@@ -71,6 +77,7 @@ impl Steps {
             attention: AttentionWork::new(stream, limits.attention, of_attention)?,
             lists: ChunkLists::new(stream, &groups)?,
             scratch: Scratch::new(stream, &groups)?,
+            gate_up: Buffer::half(stream, gate_up_rows, 2 * limits.gated_width)?,
             counts: DeviceBuffer::new(device, counts.len(), "numbers of rows")?,
             current: Current::All { rows: 0, bound: 0, graph: false },
         };
