@@ -75,6 +75,13 @@ int attribute_value(CUdevice_attribute attribute) {
 }  // namespace
 
 thread_local uint64_t Counters::allocations_of_thread = 0;
+thread_local uint64_t Counters::synchronizations_of_thread = 0;
+thread_local bool events_look_pending = false;
+
+void count_synchronization() {
+  ++state().counters.synchronizations;
+  ++Counters::synchronizations_of_thread;
+}
 
 State& state() {
   static State the_state;
@@ -228,7 +235,7 @@ DRIVER_API cuCtxSetFlags(unsigned) {
 DRIVER_API cuCtxSynchronize() {
   return with_context([] {
     if (const CUresult refused = refuse_during_any_capture(); refused != CUDA_SUCCESS) return refused;
-    ++state().counters.synchronizations;
+    count_synchronization();
     return CUDA_SUCCESS;
   });
 }

@@ -28,6 +28,8 @@ CONTROL(uint64_t) loramux_emulator_launches() { return state().counters.launches
 CONTROL(uint64_t) loramux_emulator_allocations() { return state().counters.allocations; }
 CONTROL(uint64_t) loramux_emulator_allocations_of_thread() { return Counters::allocations_of_thread; }
 CONTROL(uint64_t) loramux_emulator_synchronizations() { return state().counters.synchronizations; }
+CONTROL(uint64_t) loramux_emulator_synchronizations_of_thread() { return Counters::synchronizations_of_thread; }
+CONTROL(void) loramux_emulator_hold_events(bool hold) { events_look_pending = hold; }
 
 // Copies the report of the last fault, cut off at `capacity` bytes, and returns its length; 0 if there was none.
 CONTROL(size_t) loramux_emulator_last_report(char* text, size_t capacity) {

@@ -61,13 +61,17 @@ DRIVER_API cuEventRecord(CUevent event, CUstream handle) {
 }
 
 DRIVER_API cuEventQuery(CUevent event) {
-  return with_context([&] { return events.contains(event) ? refuse_captured(*event) : CUDA_ERROR_INVALID_HANDLE; });
+  return with_context([&] {
+    if (!events.contains(event)) return CUDA_ERROR_INVALID_HANDLE;
+    const CUresult refused = refuse_captured(*event);
+    return refused == CUDA_SUCCESS && events_look_pending ? CUDA_ERROR_NOT_READY : refused;
+  });
 }
 
 DRIVER_API cuEventSynchronize(CUevent event) {
   return with_context([&] {
     if (!events.contains(event)) return CUDA_ERROR_INVALID_HANDLE;
-    ++state().counters.synchronizations;
+    count_synchronization();
     return refuse_captured(*event);
   });
 }

@@ -63,7 +63,7 @@ Command fill(CUdeviceptr address, T value, size_t count) {
 CUresult run_now(const Command& command) {
   return with_context([&] {
     if (const CUresult refused = refuse_during_capture(); refused != CUDA_SUCCESS) return refused;
-    ++state().counters.synchronizations;
+    count_synchronization();
     return command.run();
   });
 }

@@ -21,7 +21,13 @@ struct Counters {
   static thread_local uint64_t allocations_of_thread;
   // Calls that make the host wait: for a stream, an event, the context, or a copy that is not asynchronous.
   std::atomic<uint64_t> synchronizations;
+  static thread_local uint64_t synchronizations_of_thread;
 };
+
+void count_synchronization();
+
+// Whether queries of the calling host thread find no event reached.
+extern thread_local bool events_look_pending;
 
 struct State {
   std::recursive_mutex mutex;

@@ -128,7 +128,7 @@ DRIVER_API cuStreamSynchronize(CUstream handle) {
   return with_context([&] {
     Stream* stream = find_stream(handle);
     if (stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
-    ++state().counters.synchronizations;
+    count_synchronization();
     return refuse_during_capture(*stream);
   });
 }

@@ -128,6 +128,19 @@ pub fn synchronizations() -> u64 {
     unsafe { (driver().synchronizations)() }
 }
 
+/// Those that the calling thread made.
+pub fn synchronizations_of_thread() -> u64 {
+    // SAFETY: as in `set_seed`.
+    unsafe { (driver().synchronizations_of_thread)() }
+}
+
+/// Whether `cuEventQuery`, on the calling thread, finds no event reached: as if the device were busy. Waiting for an
+/// event ends at once all the same.
+pub fn hold_events(hold: bool) {
+    // SAFETY: as in `set_seed`.
+    unsafe { (driver().hold_events)(hold) }
+}
+
 /// Makes the device forget a fault, after which every call fails, and frees all its memory. Only a test may do this: a
 /// real context is lost until the process ends.
 pub fn reset() {
@@ -145,6 +158,8 @@ struct Driver {
     allocations: unsafe extern "C" fn() -> u64,
     allocations_of_thread: unsafe extern "C" fn() -> u64,
     synchronizations: unsafe extern "C" fn() -> u64,
+    synchronizations_of_thread: unsafe extern "C" fn() -> u64,
+    hold_events: unsafe extern "C" fn(bool),
     reset: unsafe extern "C" fn(),
 }
 
@@ -165,6 +180,8 @@ impl Driver {
             allocations: symbol(&library, "loramux_emulator_allocations"),
             allocations_of_thread: symbol(&library, "loramux_emulator_allocations_of_thread"),
             synchronizations: symbol(&library, "loramux_emulator_synchronizations"),
+            synchronizations_of_thread: symbol(&library, "loramux_emulator_synchronizations_of_thread"),
+            hold_events: symbol(&library, "loramux_emulator_hold_events"),
             reset: symbol(&library, "loramux_emulator_reset"),
         };
         // The loader answers a name that has no path with a library that it has already loaded under that soname, even

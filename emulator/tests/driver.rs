@@ -356,6 +356,15 @@ fn events_measure_time_unless_they_were_told_not_to() {
         ok(sys::cuEventRecord(end, device.stream));
         ok(sys::cuEventQuery(end));
         ok(sys::cuEventSynchronize(end));
+        let waits = loramux_emulator::synchronizations_of_thread();
+        loramux_emulator::hold_events(true);
+        assert_eq!(sys::cuEventQuery(end), CUresult::CUDA_ERROR_NOT_READY, "held");
+        ok(sys::cuEventSynchronize(end));
+        loramux_emulator::hold_events(false);
+        ok(sys::cuEventQuery(end));
+        assert_eq!(loramux_emulator::synchronizations_of_thread() - waits, 1);
+        let elsewhere = std::thread::spawn(loramux_emulator::synchronizations_of_thread).join();
+        assert_eq!(elsewhere.expect("a number"), 0, "another thread has not waited");
         ok(sys::cuEventElapsedTime_v2(&mut milliseconds, start, end));
         assert!((0.0..1000.0).contains(&milliseconds));
         assert_eq!(sys::cuEventElapsedTime_v2(&mut milliseconds, start, untimed), invalid);
