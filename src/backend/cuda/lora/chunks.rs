@@ -1,58 +1,48 @@
 //! Adapter memory of one site: rank chunks that are handed out like the pages of a cache.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::bf16;
 
 use super::super::params::{RANK_CHUNK as CHUNK, SlotChunks};
-use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Stream};
-
-/// What one adapter changes at one site: `scale · B · A`, and per column. Rank 0 where it only changes columns.
-#[derive(Clone, Copy, Debug)]
-pub struct LowRank<'a> {
-    pub rank: usize,
-    /// `[rank, in_features]`
-    pub a: &'a [bf16],
-    /// `[out_features, rank]`
-    pub b: &'a [bf16],
-    /// alpha / r, or alpha / √r.
-    pub scale: f32,
-    /// `[out_features]`: with gate g, the frozen product is multiplied by `1 + g · (column_scale − 1)` (DoRA).
-    pub column_scale: Option<&'a [f32]>,
-    /// `[out_features]`, added times the gate.
-    pub bias: Option<&'a [f32]>,
-    /// Where this adapter stands among all others, in every sum: made from its content, so that it is the same in
-    /// every batch and every process. See [`WorkList`](super::WorkList).
-    pub order: u64,
-}
+use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Pinned, Stream};
+use super::layout::{ArenaShape, LowRank, PairLayout, Parts};
 
 /// The low-rank pairs of one site's experts, by slot.
 ///
 /// A pair of rank r takes ⌈r / 16⌉ chunks, any that are free. Chunk c of A is `[16, in_features]`, chunk c of B
 /// `[out_features, 16]`; ranks beyond r are zeros. For a lookup, where `in_features` is the vocabulary, chunk c of A is
-/// `[vocabulary, 16]`: the ranks of a token lie side by side.
+/// `[vocabulary, 16]`: the ranks of a token lie side by side. Column scales and biases are `[slots, out_features]`,
+/// allocated for the first pair that has any, and kept.
 #[derive(Debug)]
 pub struct ChunkArena {
-    in_features: usize,
-    out_features: usize,
-    lookup: bool,
-    chunks_per_slot: usize,
+    shape: ArenaShape,
     a: DeviceBuffer<bf16>,
     b: DeviceBuffer<bf16>,
     slots: DeviceBuffer<SlotChunks>,
     chunk_ids: DeviceBuffer<u32>,
-    /// What the device knows of each slot.
+    column_scales: Option<DeviceBuffer<f32>>,
+    biases: Option<DeviceBuffer<f32>>,
+    /// What the device knows of each slot, copies that are queued included.
     table: Vec<SlotChunks>,
-    /// What each slot holds.
-    held: Vec<Held>,
+    /// The chunks that each slot holds.
+    held: Vec<Vec<u32>>,
     free: Vec<u32>,
 }
 
-#[derive(Debug, Default)]
-struct Held {
-    chunks: Vec<u32>,
-    column_scale: Option<DeviceBuffer<f32>>,
-    bias: Option<DeviceBuffer<f32>>,
+/// A slot as the device has it. Read back to be compared: two slots are equal when no step can tell them apart.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SlotContent {
+    /// `[chunks, 16, in_features]`, or as the lookup has it.
+    pub a: Vec<bf16>,
+    /// `[chunks, out_features, 16]`
+    pub b: Vec<bf16>,
+    pub scale: f32,
+    /// The order's lower half: which K slices the chunks extend.
+    pub phase: u32,
+    pub column_scale: Option<Vec<f32>>,
+    pub bias: Option<Vec<f32>>,
 }
 
 impl ChunkArena {
@@ -67,23 +57,8 @@ impl ChunkArena {
         slots: usize,
         max_rank: usize,
     ) -> Result<Self, CudaError> {
-        let device: &Arc<Device> = stream.device();
-        let chunks_per_slot = max_rank.div_ceil(CHUNK);
-        let arena = Self {
-            in_features,
-            out_features,
-            lookup: false,
-            chunks_per_slot,
-            a: DeviceBuffer::new(device, chunks * CHUNK * in_features, "rank chunks of A")?,
-            b: DeviceBuffer::new(device, chunks * CHUNK * out_features, "rank chunks of B")?,
-            slots: DeviceBuffer::new(device, slots, "slots of experts")?,
-            chunk_ids: DeviceBuffer::new(device, slots * chunks_per_slot, "chunks of slots")?,
-            table: vec![SlotChunks::default(); slots],
-            held: (0..slots).map(|_| Held::default()).collect(),
-            free: (0..chunks as u32).rev().collect(),
-        };
-        stream.upload(&arena.table, &arena.slots)?;
-        Ok(arena)
+        let shape = ArenaShape { in_features, out_features, lookup: false, chunks, slots, max_rank };
+        Self::with_shape(stream, shape)
     }
 
     /// The same for the experts of an embedding table `[vocabulary, width]`.
@@ -92,12 +67,37 @@ impl ChunkArena {
     /// [`CudaError::OutOfMemory`].
     pub fn for_lookup(
         stream: &Stream,
-        widths: [usize; 2],
+        [in_features, out_features]: [usize; 2],
         chunks: usize,
         slots: usize,
         max_rank: usize,
     ) -> Result<Self, CudaError> {
-        Ok(Self { lookup: true, ..Self::new(stream, widths, chunks, slots, max_rank)? })
+        let shape = ArenaShape { in_features, out_features, lookup: true, chunks, slots, max_rank };
+        Self::with_shape(stream, shape)
+    }
+
+    /// An empty arena of that shape.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`].
+    pub fn with_shape(stream: &Stream, shape: ArenaShape) -> Result<Self, CudaError> {
+        let device: &Arc<Device> = stream.device();
+        let ArenaShape { in_features, out_features, chunks, slots, .. } = shape;
+        let per_slot = shape.chunks_per_slot();
+        let arena = Self {
+            shape,
+            a: DeviceBuffer::new(device, chunks * CHUNK * in_features, "rank chunks of A")?,
+            b: DeviceBuffer::new(device, chunks * CHUNK * out_features, "rank chunks of B")?,
+            slots: DeviceBuffer::new(device, slots, "slots of experts")?,
+            chunk_ids: DeviceBuffer::new(device, slots * per_slot, "chunks of slots")?,
+            column_scales: None,
+            biases: None,
+            table: vec![SlotChunks::default(); slots],
+            held: (0..slots).map(|_| Vec::with_capacity(per_slot)).collect(),
+            free: (0..chunks as u32).rev().collect(),
+        };
+        stream.upload(&arena.table, &arena.slots)?;
+        Ok(arena)
     }
 
     /// Makes `pair` the content of `slot`. Waits for the copies; work that uses the slot must be done.
@@ -106,34 +106,188 @@ impl ChunkArena {
     /// [`CudaError::Shape`] for wrong lengths, a rank above the arena's bound or values that are not finite, and
     /// [`CudaError::OutOfChunks`]; the slot is then what it was.
     pub fn load(&mut self, stream: &Stream, slot: usize, pair: &LowRank<'_>) -> Result<(), CudaError> {
-        self.check(slot, pair)?;
-        let count = pair.rank.div_ceil(CHUNK);
+        if slot >= self.table.len() {
+            return Err(CudaError::Shape(format!("slot {slot} of an arena with {}", self.table.len())));
+        }
+        self.shape.check(pair)?;
+        let layout = PairLayout::new(&self.shape, pair);
         let available = self.free.len() + self.chunks_of(slot);
-        if count > available {
-            return Err(CudaError::OutOfChunks { wanted: count, available });
+        if layout.chunks > available {
+            return Err(CudaError::OutOfChunks { wanted: layout.chunks, available });
         }
+        self.reserve_columns(stream.device(), &layout)?;
+        let mut block = Pinned::new(stream.device(), layout.bytes(), "an adapter's pair")?;
+        layout.fill(pair, &mut block);
         self.unload(stream, slot)?;
-        let columns = |values: Option<&[f32]>| {
-            let Some(values) = values else { return Ok(None) };
-            let buffer = DeviceBuffer::new(stream.device(), values.len(), "an adapter's columns")?;
-            stream.upload(values, &buffer)?;
-            Ok::<_, CudaError>(Some(buffer))
-        };
-        let (column_scale, bias) = (columns(pair.column_scale)?, columns(pair.bias)?);
-        let chunks = self.free.split_off(self.free.len() - count);
-        self.held[slot] = Held { chunks, column_scale, bias };
-        let result = self.copy(stream, slot, pair);
-        if result.is_err() {
-            self.free.append(&mut std::mem::take(&mut self.held[slot]).chunks);
+        // SAFETY: the block is dropped after the stream has passed the copies, or has failed for good.
+        let placed = unsafe { self.place(stream, slot, &layout, &mut block, pair.order) };
+        let placed = stream.synchronize().and(placed);
+        if placed.is_err() {
+            self.give_back(slot);
         }
-        result
+        placed
     }
 
     /// Empties a slot. Rows that still name it use nothing.
     pub fn unload(&mut self, stream: &Stream, slot: usize) -> Result<(), CudaError> {
-        self.set_slot(stream, slot, SlotChunks::default())?;
-        self.free.append(&mut std::mem::take(&mut self.held[slot]).chunks);
+        stream.upload(&[SlotChunks::default()], self.slots.slice(slot..=slot))?;
+        self.table[slot] = SlotChunks::default();
+        self.give_back(slot);
         Ok(())
+    }
+
+    /// Gets room for the column scales and biases of all slots, if a pair has any and there is none yet. Whether
+    /// [`changes_columns`](Self::changes_columns) has changed.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`].
+    pub(in super::super) fn reserve_columns(
+        &mut self,
+        device: &Arc<Device>,
+        layout: &PairLayout,
+    ) -> Result<bool, CudaError> {
+        let before = self.changes_columns();
+        let count = self.shape.slots * self.shape.out_features;
+        if layout.column_scale && self.column_scales.is_none() {
+            self.column_scales = Some(DeviceBuffer::new(device, count, "column scales of experts")?);
+        }
+        if layout.bias && self.biases.is_none() {
+            self.biases = Some(DeviceBuffer::new(device, count, "biases of experts")?);
+        }
+        Ok(self.changes_columns() != before)
+    }
+
+    /// Queues the copies that make a filled block the content of a slot that holds nothing. Allocates nothing.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfChunks`] before anything is queued; after an error of the driver, some copies may be under way.
+    /// The slot then holds nothing that a step may use.
+    ///
+    /// # Panics
+    /// When there is no room for the pair's columns: [`reserve_columns`](Self::reserve_columns) comes first.
+    ///
+    /// # Safety
+    /// Until the stream has passed the copies, `block` is page-locked and neither freed nor written to, and the arena is
+    /// alive.
+    pub(in super::super) unsafe fn place(
+        &mut self,
+        stream: &Stream,
+        slot: usize,
+        layout: &PairLayout,
+        block: &mut [u8],
+        order: u64,
+    ) -> Result<(), CudaError> {
+        self.take(slot, layout.chunks)?;
+        let Parts { a, b, entry, column_scale, bias, ids } = layout.parts(block);
+        let held = &self.held[slot];
+        ids.copy_from_slice(held);
+        let of_slot = slot * self.shape.out_features..(slot + 1) * self.shape.out_features;
+        let columns = |room: &Option<DeviceBuffer<f32>>, values: &[f32]| {
+            if values.is_empty() {
+                return Ok(0);
+            }
+            let part = room.as_ref().expect("reserved").slice(of_slot.clone());
+            // SAFETY: as the caller promises.
+            unsafe { stream.upload_async(values, part) }.map(|()| part.address())
+        };
+        let entry_of_slot = SlotChunks {
+            count: ids.len() as u32,
+            phase: order as u32,
+            scale: layout.scale,
+            reserved: 0,
+            column_scale: columns(&self.column_scales, column_scale)?,
+            bias: columns(&self.biases, bias)?,
+        };
+        entry[0] = entry_of_slot;
+        self.table[slot] = entry_of_slot;
+        let mut done = 0;
+        for run in held.chunk_by(|id, next| id + 1 == *next) {
+            for (width, values, arena) in
+                [(self.shape.in_features, &*a, &self.a), (self.shape.out_features, &*b, &self.b)]
+            {
+                let chunks = |first: usize| first * CHUNK * width..(first + run.len()) * CHUNK * width;
+                // SAFETY: as the caller promises.
+                unsafe { stream.upload_async(&values[chunks(done)], arena.slice(chunks(run[0] as usize))) }?;
+            }
+            done += run.len();
+        }
+        // SAFETY: as the caller promises.
+        unsafe {
+            stream.upload_async(ids, self.chunk_ids.slice(self.ids_of(slot)))?;
+            stream.upload_async(entry, self.slots.slice(slot..=slot))
+        }
+    }
+
+    /// Queues a copy of an empty entry, unless that is what the device has.
+    ///
+    /// # Safety
+    /// As of [`place`](Self::place), for the entry.
+    pub(in super::super) unsafe fn clear(
+        &mut self,
+        stream: &Stream,
+        slot: usize,
+        empty: &[SlotChunks; 1],
+    ) -> Result<(), CudaError> {
+        if is_empty(&self.table[slot]) {
+            return Ok(());
+        }
+        self.table[slot] = empty[0];
+        // SAFETY: as the caller promises.
+        unsafe { stream.upload_async(empty, self.slots.slice(slot..=slot)) }
+    }
+
+    /// Frees the chunks of a slot, which no later step may name until it is placed or cleared.
+    pub(in super::super) fn give_back(&mut self, slot: usize) {
+        self.free.extend(self.held[slot].drain(..).rev());
+    }
+
+    fn take(&mut self, slot: usize, count: usize) -> Result<(), CudaError> {
+        let available = self.free.len();
+        if count > available {
+            return Err(CudaError::OutOfChunks { wanted: count, available });
+        }
+        let held = &mut self.held[slot];
+        debug_assert!(held.is_empty(), "slot {slot} is in use");
+        held.extend(self.free.drain(available - count..));
+        // Neighbours are one copy.
+        held.sort_unstable();
+        Ok(())
+    }
+
+    /// What the device holds in a slot. Waits for the stream; for tests and tools.
+    pub fn read(&self, stream: &Stream, slot: usize) -> Result<SlotContent, CudaError> {
+        let mut entry = [SlotChunks::default()];
+        stream.download(self.slots.slice(slot..=slot), &mut entry)?;
+        let [entry] = entry;
+        if is_empty(&entry) {
+            return Ok(SlotContent::default());
+        }
+        let mut ids = vec![0; entry.count as usize];
+        let first = self.ids_of(slot).start;
+        stream.download(self.chunk_ids.slice(first..first + ids.len()), &mut ids)?;
+        let chunks = |arena: &DeviceBuffer<bf16>, width: usize| {
+            let mut values = vec![bf16::ZERO; ids.len() * CHUNK * width];
+            for (&id, to) in ids.iter().zip(values.chunks_exact_mut(CHUNK * width)) {
+                let id = id as usize;
+                stream.download(arena.slice(id * CHUNK * width..(id + 1) * CHUNK * width), to)?;
+            }
+            Ok::<_, CudaError>(values)
+        };
+        let columns = |room: &Option<DeviceBuffer<f32>>, address: u64| {
+            let Some(room) = room.as_ref().filter(|_| address != 0) else { return Ok(None) };
+            let start = (address - room.address()) as usize / size_of::<f32>();
+            let mut values = vec![0.0; self.shape.out_features];
+            stream.download(room.slice(start..start + values.len()), &mut values)?;
+            Ok::<_, CudaError>(Some(values))
+        };
+        Ok(SlotContent {
+            a: chunks(&self.a, self.shape.in_features)?,
+            b: chunks(&self.b, self.shape.out_features)?,
+            scale: entry.scale,
+            phase: entry.phase,
+            column_scale: columns(&self.column_scales, entry.column_scale)?,
+            bias: columns(&self.biases, entry.bias)?,
+        })
     }
 
     /// Chunks that no slot holds.
@@ -143,25 +297,29 @@ impl ChunkArena {
 
     /// Rank chunks of the expert in a slot; 0 where it is empty.
     pub fn chunks_of(&self, slot: usize) -> usize {
-        self.held[slot].chunks.len()
+        self.held[slot].len()
     }
 
-    /// Whether an expert changes columns.
+    /// Whether an expert may change columns: once one has had room for that, for good.
     pub(super) fn changes_columns(&self) -> bool {
-        self.held.iter().any(|held| held.column_scale.is_some() || held.bias.is_some())
+        self.column_scales.is_some() || self.biases.is_some()
+    }
+
+    pub fn shape(&self) -> &ArenaShape {
+        &self.shape
     }
 
     pub fn in_features(&self) -> usize {
-        self.in_features
+        self.shape.in_features
     }
 
     pub fn out_features(&self) -> usize {
-        self.out_features
+        self.shape.out_features
     }
 
     /// Whether this is the arena of a lookup.
     pub fn is_lookup(&self) -> bool {
-        self.lookup
+        self.shape.lookup
     }
 
     /// All of A's chunks, and all of B's.
@@ -186,87 +344,16 @@ impl ChunkArena {
     }
 
     pub(super) fn chunks_per_slot(&self) -> usize {
-        self.chunks_per_slot
+        self.shape.chunks_per_slot()
     }
 
-    fn check(&self, slot: usize, pair: &LowRank<'_>) -> Result<(), CudaError> {
-        let shape = |what: String| Err(CudaError::Shape(what));
-        if slot >= self.table.len() {
-            return shape(format!("slot {slot} of an arena with {}", self.table.len()));
-        }
-        if pair.rank.div_ceil(CHUNK) > self.chunks_per_slot {
-            return shape(format!("rank {}, at most {} fit a slot", pair.rank, self.chunks_per_slot * CHUNK));
-        }
-        let lengths =
-            [("A [rank, in]", pair.a, self.in_features), ("B [out, rank]", pair.b, self.out_features)];
-        for (name, values, width) in lengths {
-            if values.len() != pair.rank * width {
-                return shape(format!("{name} has {} values, wanted {} x {width}", values.len(), pair.rank));
-            }
-            // A zero gate hides a row from an expert's finite values only: NaN times zero is NaN.
-            if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-                return shape(format!("{name} has {} at {at}, not a finite value", values[at]));
-            }
-        }
-        for (name, values) in [("the column scale", pair.column_scale), ("the bias", pair.bias)] {
-            let Some(values) = values else { continue };
-            if values.len() != self.out_features {
-                return shape(format!("{name} has {} values, wanted {}", values.len(), self.out_features));
-            }
-            if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-                return shape(format!("{name} has {} at {at}, not a finite value", values[at]));
-            }
-        }
-        if !pair.scale.is_finite() {
-            return shape(format!("scale {} is not finite", pair.scale));
-        }
-        Ok(())
+    /// Where the ids of a slot's chunks lie.
+    fn ids_of(&self, slot: usize) -> Range<usize> {
+        let first = slot * self.shape.chunks_per_slot();
+        first..first + self.held[slot].len()
     }
+}
 
-    /// Copies a pair into the chunks that its slot holds.
-    fn copy(&mut self, stream: &Stream, slot: usize, pair: &LowRank<'_>) -> Result<(), CudaError> {
-        let Held { chunks: ids, column_scale, bias } = &self.held[slot];
-        let mut a = vec![bf16::ZERO; CHUNK * self.in_features];
-        let mut b = vec![bf16::ZERO; CHUNK * self.out_features];
-        for (j, &id) in ids.iter().enumerate() {
-            let ranks = j * CHUNK..pair.rank.min((j + 1) * CHUNK);
-            let count = ranks.len();
-            a.fill(bf16::ZERO);
-            let of_chunk = &pair.a[ranks.start * self.in_features..ranks.end * self.in_features];
-            if self.lookup {
-                for (rank, values) in of_chunk.chunks_exact(self.in_features).enumerate() {
-                    for (to, &value) in a[rank..].iter_mut().step_by(CHUNK).zip(values) {
-                        *to = value;
-                    }
-                }
-            } else {
-                a[..of_chunk.len()].copy_from_slice(of_chunk);
-            }
-            for (row, of_row) in b.chunks_exact_mut(CHUNK).zip(pair.b.chunks_exact(pair.rank)) {
-                row.fill(bf16::ZERO);
-                row[..count].copy_from_slice(&of_row[ranks.clone()]);
-            }
-            let id = id as usize;
-            stream.upload(&a, self.a.slice(id * a.len()..(id + 1) * a.len()))?;
-            stream.upload(&b, self.b.slice(id * b.len()..(id + 1) * b.len()))?;
-        }
-        let first = slot * self.chunks_per_slot;
-        stream.upload(ids, self.chunk_ids.slice(first..first + ids.len()))?;
-        let address = |columns: &Option<DeviceBuffer<f32>>| columns.as_ref().map_or(0, DeviceBuffer::address);
-        let entry = SlotChunks {
-            count: ids.len() as u32,
-            phase: pair.order as u32,
-            scale: pair.scale,
-            reserved: 0,
-            column_scale: address(column_scale),
-            bias: address(bias),
-        };
-        self.set_slot(stream, slot, entry)
-    }
-
-    fn set_slot(&mut self, stream: &Stream, slot: usize, entry: SlotChunks) -> Result<(), CudaError> {
-        stream.upload(&[entry], self.slots.slice(slot..=slot))?;
-        self.table[slot] = entry;
-        Ok(())
-    }
+fn is_empty(entry: &SlotChunks) -> bool {
+    entry.count == 0 && entry.column_scale == 0 && entry.bias == 0
 }

@@ -20,12 +20,16 @@
 mod chunks;
 mod group;
 mod kernels;
+mod layout;
 mod work_list;
 
-pub use chunks::{ChunkArena, LowRank};
+pub use chunks::{ChunkArena, SlotContent};
 pub use group::{ChunkLists, Site, SiteGroup, k_slices, shrink_slices};
 pub use kernels::{Epilogue, LoraKernels, ProductKernel, Scratch, ShrinkKernel, Step};
+pub use layout::{ArenaShape, LowRank};
 pub use work_list::WorkList;
 
 pub use super::Matrix;
 pub use super::params::RankChunk;
+
+pub(super) use layout::PairLayout;
