@@ -51,6 +51,7 @@ mod device;
 pub mod elementwise;
 mod error;
 mod event;
+pub mod experts;
 mod graph;
 mod images;
 mod launch;
