@@ -148,6 +148,10 @@ pub struct StepLimits {
 pub trait Backend: Sized + Send + 'static {
     /// Bytes of a key's or value's element in the cache.
     const CACHE_ELEMENT_BYTES: usize;
+    /// Bytes of logits that a step should hold at a time.
+    const LOGITS_BYTES: usize;
+    /// Whether operations return before they are done, so that the host has time for other things.
+    const QUEUES: bool;
 
     /// A frozen matrix as stored. Clones share it.
     type Weight: Clone + Send + Sync;

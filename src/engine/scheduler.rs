@@ -140,6 +140,7 @@ impl Scheduler {
         while !self.pool.grow(&mut self.running[index].pages, wanted) {
             // The oldest sequence always finds room: an engine's cache holds at least one sequence of full length.
             let Some(mut newest) = self.running.pop() else { return };
+            newest.report();
             *budget += newest.planned;
             newest.planned = 0;
             newest.computed = 0;

@@ -36,6 +36,8 @@ pub(super) struct Sequence {
     pub rotary_variant: usize,
     /// Log-probabilities of the prompt's tokens so far; the first token has none.
     prompt_logprobs: Vec<Option<TokenLogprobs>>,
+    /// The newest token, until it is reported.
+    unreported: Option<(u32, Option<TokenLogprobs>)>,
     sampler: Sampler,
     detokenizer: Detokenizer,
     stop_text: StopText,
@@ -84,6 +86,7 @@ impl Sequence {
             pages: Vec::new(),
             rotary_variant: 0,
             prompt_logprobs: Vec::new(),
+            unreported: None,
             sampler: Sampler::new(&request.sampling, &request.prompt, seed, choice, room),
             detokenizer: Detokenizer::new(
                 Arc::clone(tokenizer),
@@ -147,7 +150,8 @@ impl Sequence {
         self.prompt_logprobs.push(drawn.logprobs);
     }
 
-    /// Takes what the newest row gave: reports the next token, and says whether that was the last.
+    /// Takes what the newest row gave, and says whether that token is the last. One that is not, and that no stop string
+    /// can end with, is [reported](Self::report) later: the next step need not wait for its text.
     pub fn accept_row(&mut self, drawn: Drawn, rules: &EndRules) -> Progress {
         if self.generated() == 0 && self.choice == 0 && self.request.prompt_logprobs.is_some() {
             if self.prompt_logprobs.is_empty() {
@@ -165,40 +169,54 @@ impl Sequence {
         };
         self.sampler.record(token);
         self.tokens.push(token);
-        self.report(token, drawn.logprobs, rules)
+        let ended = self.ended_by(token, rules);
+        self.unreported = Some((token, drawn.logprobs));
+        // Only the text tells whether a stop string has appeared.
+        if ended.is_some() || !self.request.stop.stop.is_empty() {
+            return self.report_token(ended);
+        }
+        Progress::Running
     }
 
-    /// Reports a drawn token and, where it is the last, the end.
-    fn report(&mut self, token: u32, logprobs: Option<TokenLogprobs>, rules: &EndRules) -> Progress {
+    /// Why a drawn token is the last, as far as the tokens tell.
+    fn ended_by(&self, token: u32, rules: &EndRules) -> Option<FinishReason> {
         let stop = &self.request.stop;
-        let by_token = if rules.end_tokens.contains(&token) && !stop.ignore_eos {
-            Some(FinishReason::EndToken)
-        } else {
-            stop.stop_token_ids.contains(&token).then_some(FinishReason::StopToken(token))
-        };
+        if rules.end_tokens.contains(&token) && !stop.ignore_eos {
+            return Some(FinishReason::EndToken);
+        }
+        if stop.stop_token_ids.contains(&token) {
+            return Some(FinishReason::StopToken(token));
+        }
         let generated = self.generated();
         let full =
             stop.max_tokens.is_some_and(|most| generated >= most) || self.tokens.len() >= rules.max_model_len;
+        full.then_some(FinishReason::Length)
+    }
+
+    /// Reports the newest token, unless that has been done.
+    pub fn report(&mut self) {
+        self.report_token(None);
+    }
+
+    /// Reports the newest token and, where it is the last, the end.
+    fn report_token(&mut self, ended: Option<FinishReason>) -> Progress {
+        let Some((token, logprobs)) = self.unreported.take() else { return Progress::Running };
         // Stop strings end nothing before `min_tokens`; the ending token itself gives no text.
-        let watch = generated > stop.min_tokens;
+        let watch = self.generated() > self.request.stop.min_tokens;
         let mut text = String::new();
-        let mut reason = None;
-        if by_token.is_none() {
+        let mut stopped = None;
+        if !matches!(ended, Some(FinishReason::EndToken | FinishReason::StopToken(_))) {
             let new = self.detokenizer.push(token);
             if watch {
-                let (out, found) = self.stop_text.push(&new);
-                text = out;
-                reason = found.map(FinishReason::StopString);
+                (text, stopped) = self.stop_text.push(&new);
             } else {
                 text = new;
             }
         }
         let choice = self.choice;
         self.send(Event::Token { choice, token, text, logprobs });
-        let matched = matches!(reason, Some(FinishReason::StopString(_)));
-        let Some(reason) = reason.or(by_token).or(full.then_some(FinishReason::Length)) else {
-            return Progress::Running;
-        };
+        let matched = stopped.is_some();
+        let Some(reason) = stopped.map(FinishReason::StopString).or(ended) else { return Progress::Running };
         let mut text = String::new();
         if !matched {
             let (rest, found) = self.stop_text.push(&self.detokenizer.finish());
@@ -213,11 +231,13 @@ impl Sequence {
 
     /// Ends the sequence with an error.
     pub fn fail(&mut self, message: String) {
+        self.report();
         self.send(Event::Failed(message));
     }
 
     /// Ends the sequence because nobody waits for it.
     pub fn abort(&mut self) {
+        self.report();
         let choice = self.choice;
         self.send(Event::Finished { choice, text: String::new(), reason: FinishReason::Aborted });
     }

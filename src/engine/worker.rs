@@ -15,9 +15,6 @@ use crate::backend::{Backend, BackendError, PAGE, Rows};
 use crate::mixture::Mixture;
 use crate::model::{Base, Transformer, Workspace, WorkspaceSize};
 
-/// Bytes of logits that a step holds at a time.
-const LOGIT_BYTES: usize = 16 << 20;
-
 /// How long to wait when nothing can run before an adapter has been copied.
 const WAIT_FOR_EXPERTS: Duration = Duration::from_micros(50);
 
@@ -66,7 +63,7 @@ impl<B: Backend> Worker<B> {
         let size = WorkspaceSize {
             rows: options.max_num_batched_tokens,
             sequences: options.max_num_seqs,
-            logit_rows: (LOGIT_BYTES / (config.vocab_size * 4)).clamp(1, options.max_num_batched_tokens),
+            logit_rows: (B::LOGITS_BYTES / (config.vocab_size * 4)).clamp(1, options.max_num_batched_tokens),
         };
         let mut pages = 0;
         let workspace = transformer.workspace(backend, size, |room| {
@@ -212,6 +209,8 @@ impl<B: Backend> Worker<B> {
             step.picked.clear();
             step.picked.extend(picks.iter().map(|pick| pick.row));
             transformer.logits(backend, &step.rows, &step.picked, workspace)?;
+            // The tokens of the step before, while a device is busy with this one.
+            scheduler.running.iter_mut().for_each(Sequence::report);
             let mut draws: Vec<Draw<'_>> = std::mem::take(&mut step.draws);
             for (row, pick) in picks.iter().enumerate() {
                 draws.push(scheduler.running[pick.sequence].draw(row, pick.prompt_position));
@@ -228,6 +227,8 @@ impl<B: Backend> Worker<B> {
                 stats.count_token();
                 if sequence.accept_row(drawn, rules) == Progress::Ended {
                     step.ended.push(sequence.id);
+                } else if !B::QUEUES {
+                    sequence.report();
                 }
             }
         }

@@ -44,7 +44,8 @@ fn what_is_staged_again_replaces_what_was_there() {
     let (first, second) = (Adapter::of_rank(random, 40), Adapter::of_rank(random, 16));
     fixture.stage(7, &first);
     fixture.bring_and_wait(&[7], &[]);
-    for adapter in [&second, &first, &Adapter::of_rank(random, 64)] {
+    let (third, fourth) = (Adapter::of_rank(random, 64), Adapter::of_rank(random, 50));
+    for adapter in [&second, &first, &third, &fourth] {
         fixture.stage(7, adapter);
         assert_eq!((fixture.memory.seat(7), fixture.memory.stats().resident), (None, 0), "no seat any more");
         fixture.bring_and_wait(&[7], &[]);

@@ -92,6 +92,8 @@ impl Buffer {
 
 impl Backend for Cpu {
     const CACHE_ELEMENT_BYTES: usize = size_of::<f32>();
+    const LOGITS_BYTES: usize = 16 << 20;
+    const QUEUES: bool = false;
 
     type Weight = Tensor;
     type Vector = Vec<f32>;

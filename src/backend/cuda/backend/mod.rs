@@ -57,6 +57,8 @@ pub struct MemoryOptions {
 
 /// A GPU as a place for one model.
 pub struct Cuda {
+    // Dropped first: it waits for copies into the groups' arenas.
+    experts: ExpertMemory,
     device: Arc<Device>,
     stream: Stream,
     lora: LoraKernels,
@@ -64,7 +66,6 @@ pub struct Cuda {
     attention: AttentionKernels,
     memory: MemoryOptions,
     groups: Vec<SiteGroup>,
-    experts: ExpertMemory,
     /// Weights that an expert puts in the place of a frozen one, by expert and group.
     replaced: HashMap<(u32, usize), Weight>,
     /// Hashes of what experts have brought so far.
@@ -261,6 +262,9 @@ fn seat_of(experts: &ExpertMemory, expert: u32) -> Option<Seated> {
 
 impl Backend for Cuda {
     const CACHE_ELEMENT_BYTES: usize = size_of::<bf16>();
+    // The weights of `lm_head` are read anew for every part of a step.
+    const LOGITS_BYTES: usize = 256 << 20;
+    const QUEUES: bool = true;
 
     type Weight = Weight;
     type Vector = DeviceBuffer<f32>;
@@ -373,7 +377,8 @@ impl Backend for Cuda {
         let Self { stream, lora, steps, experts, .. } = self;
         let steps =
             steps.as_mut().ok_or_else(|| CudaError::Shape("a step without a workspace".to_owned()))?;
-        Ok(steps.begin(stream, lora, rows, |expert| seat_of(experts, expert))?)
+        let moves = experts.stats().moves;
+        Ok(steps.begin(stream, lora, rows, moves, |expert| seat_of(experts, expert))?)
     }
 
     fn record(

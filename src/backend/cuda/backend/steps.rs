@@ -91,12 +91,20 @@ impl Steps {
         stream: &Stream,
         kernels: &LoraKernels,
         rows: &Rows,
+        moves: usize,
         expert: impl Fn(u32) -> Option<Seated>,
     ) -> Result<(), CudaError> {
         self.rows.set(stream, rows, &[])?;
         self.attention.set(stream, rows)?;
-        self.work.set_seated(stream, &rows.gates, expert)?;
-        self.lists.build(stream, kernels, &self.work)?;
+        let listed = self.listed.take().filter(|listed| listed.moves == moves && listed.gates == rows.gates);
+        self.listed = match listed {
+            Some(listed) => Some(listed),
+            None => {
+                self.work.set_seated(stream, &rows.gates, expert)?;
+                self.lists.build(stream, kernels, &self.work)?;
+                self.gates.clone_from(&rows.gates);
+            }
+        };
         let count = rows.len();
         let graph = GRAPH_ROWS
             .into_iter()
