@@ -8,7 +8,7 @@ use std::ops::Range;
 /// The sparse gate matrix `[rows × experts]` in compressed rows, and its runs of rows with the same experts.
 ///
 /// Gates may differ within a run; the list of experts does not.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Gates {
     runs: Vec<GateRun>,
     experts: Vec<u32>,

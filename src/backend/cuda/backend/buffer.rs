@@ -37,8 +37,16 @@ impl Weight {
         for first in (0..rows).step_by(parts) {
             let last = rows.min(first + parts);
             let bytes = tensor.bytes().slice(first * row_bytes..last * row_bytes);
+            let to = data.slice(first * stride..last * stride);
+            if tensor.dtype() == DType::BF16
+                && width == stride
+                && let Ok(values) = bytemuck::try_cast_slice::<u8, bf16>(&bytes)
+            {
+                stream.upload(values, to)?;
+                continue;
+            }
             let part = Tensor::new(tensor.dtype(), vec![last - first, width], bytes);
-            stream.upload(&rounded(&part, stride), data.slice(first * stride..last * stride))?;
+            stream.upload(&rounded(&part, stride), to)?;
         }
         Ok(Self { data, rows, stride })
     }

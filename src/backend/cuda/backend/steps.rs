@@ -26,6 +26,9 @@ pub(super) struct Steps {
     /// The numbers 0, 1, 2, …: how many rows a launch has that the host counts.
     counts: DeviceBuffer<u32>,
     current: Current,
+    /// What the chunk lists were built for: the gates of a step, after so many moves of experts.
+    gates: Gates,
+    listed: Option<u64>,
 }
 
 /// The rows that operations are about.
@@ -80,31 +83,32 @@ impl Steps {
             gate_up: Buffer::half(stream, gate_up_rows, 2 * limits.gated_width)?,
             counts: DeviceBuffer::new(device, counts.len(), "numbers of rows")?,
             current: Current::All { rows: 0, bound: 0, graph: false },
+            gates: Gates::default(),
+            listed: None,
         };
         stream.upload(&counts, &steps.counts)?;
         Ok(steps)
     }
 
-    /// Takes the rows of the next step.
+    /// Takes the rows of the next step. Experts are where they were at the last step with as many `moves`.
     pub fn begin(
         &mut self,
         stream: &Stream,
         kernels: &LoraKernels,
         rows: &Rows,
-        moves: usize,
+        moves: u64,
         expert: impl Fn(u32) -> Option<Seated>,
     ) -> Result<(), CudaError> {
         self.rows.set(stream, rows, &[])?;
         self.attention.set(stream, rows)?;
-        let listed = self.listed.take().filter(|listed| listed.moves == moves && listed.gates == rows.gates);
-        self.listed = match listed {
-            Some(listed) => Some(listed),
-            None => {
-                self.work.set_seated(stream, &rows.gates, expert)?;
-                self.lists.build(stream, kernels, &self.work)?;
-                self.gates.clone_from(&rows.gates);
-            }
-        };
+        // Most steps of a decoding have the experts of the step before.
+        if self.listed != Some(moves) || self.gates != rows.gates {
+            self.listed = None;
+            self.work.set_seated(stream, &rows.gates, expert)?;
+            self.lists.build(stream, kernels, &self.work)?;
+            self.gates.clone_from(&rows.gates);
+            self.listed = Some(moves);
+        }
         let count = rows.len();
         let graph = GRAPH_ROWS
             .into_iter()
@@ -124,6 +128,14 @@ impl Steps {
         expert: impl Fn(u32) -> Option<Seated>,
     ) -> Result<(), CudaError> {
         self.rows.set_picked(stream, picked)?;
+        if let Current::All { rows, .. } = self.current
+            && rows == picked.len()
+        {
+            // All of them: their lists are there.
+            self.current = Current::All { rows, bound: rows, graph: false };
+            return Ok(());
+        }
+        self.listed = None;
         self.picked.set_seated(stream, gates, expert)?;
         self.lists.build(stream, kernels, &self.picked)?;
         self.current = Current::Picked { rows: picked.len() };

@@ -24,11 +24,7 @@ mod staged;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-<<<<<<< HEAD
-use super::lora::{ChunkArena, LowRank, SiteGroup};
-=======
 use super::lora::{ChunkArena, LowRank, PairLayout, SiteGroup};
->>>>>>> experts
 use super::params::{MAX_SITES, SlotChunks};
 use super::{CudaError, Device, Event, Pinned, Stream};
 
@@ -40,10 +36,6 @@ pub use staged::StagedExpert;
 /// They outlive it.
 #[derive(Debug)]
 pub struct ExpertMemory {
-<<<<<<< HEAD
-    device: Arc<Device>,
-=======
->>>>>>> experts
     experts: HashMap<u32, Expert>,
     /// The expert in each seat.
     seats: Vec<Option<u32>>,
@@ -103,10 +95,6 @@ impl ExpertMemory {
     /// [`CudaError::Driver`].
     pub fn new(device: &Arc<Device>, seats: usize) -> Result<Self, CudaError> {
         Ok(Self {
-<<<<<<< HEAD
-            device: Arc::clone(device),
-=======
->>>>>>> experts
             experts: HashMap::new(),
             seats: vec![None; seats],
             clock: 0,
@@ -150,14 +138,7 @@ impl ExpertMemory {
             }
         }
         for pair in content.pairs() {
-<<<<<<< HEAD
-            let arena = self.arena(groups, pair.site)?;
-            if arena.reserve_columns(&self.device, &pair.layout)? {
-                self.generation += 1;
-            }
-=======
             self.reserve(groups, pair.site, &pair.layout)?;
->>>>>>> experts
         }
         self.remove(groups, expert)?;
         self.experts.insert(expert, Expert { content, seat: None, moved: 0, used: 0 });
@@ -169,11 +150,7 @@ impl ExpertMemory {
     /// [`StagedExpert`] elsewhere and [inserted](Self::insert).
     ///
     /// # Errors
-<<<<<<< HEAD
-    /// As [`StagedExpert::add`] and [`insert`](Self::insert); the expert is then what it was.
-=======
     /// As [`StagedExpert::add`] and [`insert`](Self::insert); the expert then is what it was, if perhaps without a seat.
->>>>>>> experts
     pub fn stage(
         &mut self,
         groups: &mut [SiteGroup],
@@ -181,18 +158,9 @@ impl ExpertMemory {
         site: [usize; 2],
         pair: &LowRank<'_>,
     ) -> Result<(), CudaError> {
-<<<<<<< HEAD
-        let arena = self.arena(groups, site)?;
-        let shape = *arena.shape();
-        shape.check(pair)?;
-        if arena.reserve_columns(&self.device, &super::lora::PairLayout::new(&shape, pair))? {
-            self.generation += 1;
-        }
-=======
         let shape = *self.arena(groups, site)?.shape();
         shape.check(pair)?;
         self.reserve(groups, site, &PairLayout::new(&shape, pair))?;
->>>>>>> experts
         if self.experts.get(&expert).is_some_and(|expert| expert.seat.is_some()) {
             self.wait(expert)?;
             self.unseat(groups, expert);
@@ -200,11 +168,7 @@ impl ExpertMemory {
         if let Some(known) = self.experts.get_mut(&expert) {
             return known.content.add(site, &shape, pair);
         }
-<<<<<<< HEAD
-        let mut content = StagedExpert::new(&self.device, pair.order);
-=======
         let mut content = StagedExpert::new(self.copies.device(), pair.order);
->>>>>>> experts
         content.add(site, &shape, pair)?;
         self.experts.insert(expert, Expert { content, seat: None, moved: 0, used: 0 });
         Ok(())
@@ -231,11 +195,8 @@ impl ExpertMemory {
     /// Where one has no seat, seats and chunks are taken from those used longest ago, and its copies begin; one for which
     /// `kept` and copies under way leave no room is passed over until a later call. Nothing here waits or allocates.
     ///
-<<<<<<< HEAD
-=======
     /// Steps that are queued from now on use experts of `wanted` and `kept` alone. The stream is not capturing.
     ///
->>>>>>> experts
     /// # Errors
     /// [`CudaError::Shape`] for an expert that is not staged; when `kept` is empty, also for more experts than seats, and
     /// [`CudaError::OutOfChunks`] for more chunks than a site has: such a request can never run. Nothing has changed then.
@@ -325,8 +286,6 @@ impl ExpertMemory {
         Ok(&mut found.chunks)
     }
 
-<<<<<<< HEAD
-=======
     /// Room for the columns of a pair.
     fn reserve(
         &mut self,
@@ -340,7 +299,6 @@ impl ExpertMemory {
         Ok(())
     }
 
->>>>>>> experts
     /// Sees which moves have ended.
     fn poll(&mut self) -> Result<(), CudaError> {
         while let Some((_, event)) = self.under_way.front()
@@ -476,11 +434,7 @@ impl ExpertMemory {
         }
         let event = match self.spare_events.pop() {
             Some(event) => event,
-<<<<<<< HEAD
-            None => self.device.event()?,
-=======
             None => self.copies.device().event()?,
->>>>>>> experts
         };
         let empty = self.empty[..].first_chunk().expect("one entry");
         let expert = self.experts.get_mut(&number).expect("a wanted expert is staged");

@@ -193,11 +193,7 @@ impl ChunkArena {
         let entry_of_slot = SlotChunks {
             count: ids.len() as u32,
             phase: order as u32,
-<<<<<<< HEAD
-            scale: layout.scale(),
-=======
             scale: layout.scale,
->>>>>>> experts
             reserved: 0,
             column_scale: columns(&self.column_scales, column_scale)?,
             bias: columns(&self.biases, bias)?,

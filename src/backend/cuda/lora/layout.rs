@@ -112,11 +112,7 @@ pub(in super::super) struct PairLayout {
     in_features: usize,
     out_features: usize,
     lookup: bool,
-<<<<<<< HEAD
-    scale: f32,
-=======
     pub scale: f32,
->>>>>>> experts
     /// Rank chunks.
     pub chunks: usize,
     pub column_scale: bool,
@@ -160,13 +156,6 @@ impl PairLayout {
         of_chunks + size_of::<SlotChunks>() + of_columns * size_of::<f32>() + self.chunks * size_of::<u32>()
     }
 
-<<<<<<< HEAD
-    pub(super) fn scale(&self) -> f32 {
-        self.scale
-    }
-
-=======
->>>>>>> experts
     pub(super) fn parts<'a>(&self, mut block: &'a mut [u8]) -> Parts<'a> {
         let columns = |present: bool| if present { self.out_features } else { 0 };
         Parts {

@@ -21,26 +21,17 @@ mod chunks;
 mod group;
 mod kernels;
 mod layout;
-<<<<<<< HEAD
 mod product;
 mod scratch;
-=======
->>>>>>> experts
 mod work_list;
 
 pub use chunks::{ChunkArena, SlotContent};
 pub use group::{ChunkLists, Site, SiteGroup, k_slices, shrink_slices};
-<<<<<<< HEAD
 pub use kernels::{LoraKernels, ProductKernel, ShrinkKernel, Step};
 pub use layout::{ArenaShape, LowRank};
 pub use product::{Epilogue, FrozenLayer, Outputs};
 pub use scratch::Scratch;
 pub use work_list::{Seated, WorkList};
-=======
-pub use kernels::{Epilogue, LoraKernels, ProductKernel, Scratch, ShrinkKernel, Step};
-pub use layout::{ArenaShape, LowRank};
-pub use work_list::WorkList;
->>>>>>> experts
 
 pub use super::Matrix;
 pub use super::params::RankChunk;
