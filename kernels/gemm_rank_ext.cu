@@ -70,9 +70,21 @@ __device__ __forceinline__ void gemm_rank_ext(const GemmParams& p) {
   }
 }
 
+__device__ __forceinline__ void multiply_one_slice(const GemmParams& p) {
+  auto& storage = shared_storage<Shape::Storage>();
+  ptx::allow_next_grid();
+  const ColumnTile tile(p, blockIdx.x, Shape::columns);
+  const uint32_t row = blockIdx.z * Shape::rows;
+  Product<Shape, false> product(p, tile, row, blockIdx.y, storage);
+  if (!product.has_rows()) return;
+  Shape::Sums sums;
+  product.multiply(sums);
+  finish_slice<Shape>(p, tile, row, product.rows(), sums, storage);
+}
+
 }  // namespace
 
 KERNEL(gemm_rank_ext, GemmParams, Shape::threads, 2) { gemm_rank_ext<false>(p); }
 // K in slices: a thread block for all of them, or one for each where there are few tiles.
 KERNEL(gemm_rank_ext_sliced, GemmParams, Shape::threads, 2) { gemm_rank_ext<true>(p); }
-KERNEL(gemm_rank_ext_split, GemmParams, Shape::threads, 2) { multiply_one_slice<Shape, false>(p); }
+KERNEL(gemm_rank_ext_split, GemmParams, Shape::threads, 2) { multiply_one_slice(p); }

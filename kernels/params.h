@@ -33,7 +33,7 @@ struct bf16;
 #define LORAMUX_SHRINK_GATE_16_ROWS 16
 #define LORAMUX_SHRINK_GATE_16_CHUNKS 1
 #define LORAMUX_SHRINK_GATE_16_THREADS 128
-#define LORAMUX_SHRINK_GATE_16_SHARED_BYTES 99328
+#define LORAMUX_SHRINK_GATE_16_SHARED_BYTES 98304
 // `shrink_gate_64`, for many rows.
 #define LORAMUX_SHRINK_GATE_64_ROWS 64
 #define LORAMUX_SHRINK_GATE_64_CHUNKS 4
@@ -46,9 +46,9 @@ struct bf16;
 // `gemm_decode_*`, for at most 16, 32 or 64 rows.
 #define LORAMUX_GEMM_DECODE_COLUMNS 64
 #define LORAMUX_GEMM_DECODE_THREADS 128
-#define LORAMUX_GEMM_DECODE_16_SHARED_BYTES 81920
-#define LORAMUX_GEMM_DECODE_32_SHARED_BYTES 98304
-#define LORAMUX_GEMM_DECODE_64_SHARED_BYTES 98304
+#define LORAMUX_GEMM_DECODE_16_SHARED_BYTES 82944
+#define LORAMUX_GEMM_DECODE_32_SHARED_BYTES 99328
+#define LORAMUX_GEMM_DECODE_64_SHARED_BYTES 99328
 
 // A rank chunk in use by a row tile. Its index in the chunk list is also its v block: where `shrink_gate` leaves and
 // the products find V[row] = gate · scale · (x · A_chunkᵀ).
@@ -131,7 +131,8 @@ struct ShrinkGateParams {
   DEVICE(const struct bf16) a[LORAMUX_MAX_SITES];
   // [1]: rows of this step.
   DEVICE(const uint32_t) rows;
-  // `shrink_gate_16` with more than one slice: partial sums [v blocks][slices][LORAMUX_ROW_TILE][16].
+  // With more than one slice, for `shrink_gate_16` and `gemm_decode_*`: partial sums
+  // [v blocks][slices][LORAMUX_ROW_TILE][16].
   DEVICE(float) partials;
   // Likewise [v blocks][LORAMUX_ROW_TILE / 16]: slices that have arrived; zero before and after every launch.
   DEVICE(uint32_t) arrived;
@@ -170,7 +171,7 @@ enum Epilogue {
   LORAMUX_STORE_FP32 = 3,
 };
 
-// `gemm_rank_ext_*` and `gemm_decode_*`: Y = X · Wᵀ + bias + Σ_chunks V · Bᵀ, all sites of a group.
+// `gemm_rank_ext_*`, and most of `gemm_decode_*`: Y = X · Wᵀ + bias + Σ_chunks V · Bᵀ, all sites of a group.
 //
 // The sum of one output is defined by the group alone: K is cut into `slices` runs of K blocks; a slice is summed in
 // fp32 over ascending k, from zero, then changed column by column where experts do that (their biases in slice 0), then
@@ -215,6 +216,26 @@ struct GemmParams {
   uint32_t changes_columns;
   // Outputs of an access: 8 where widths, strides and addresses allow it, else 1.
   uint32_t access;
+};
+
+// What the thread blocks of a `gemm_decode_*` that computes V tell each other; zero before the first launch and after
+// every launch.
+struct GemmDecodeCounters {
+  // Units of V that have been taken.
+  uint32_t taken;
+  // Pairs of 16 rows and a rank chunk whose V is there.
+  uint32_t written;
+  // Thread blocks that need neither any more.
+  uint32_t left;
+};
+
+// `gemm_decode_*`.
+struct GemmDecodeParams {
+  struct GemmParams product;
+  // Of the same rows and lists; read where `counters` is not null.
+  struct ShrinkGateParams shrink;
+  // Null where V is there before the launch, or no adapters are.
+  DEVICE(struct GemmDecodeCounters) counters;
 };
 
 // ---- kernels of rows: `embed`, `rms_norm`, `rope_store`, `swiglu`, `pick_rows` ----

@@ -92,6 +92,18 @@ static_assert(offsetof(GemmParams, column_tiles) == 284, "GemmParams::column_til
 static_assert(offsetof(GemmParams, changes_columns) == 288, "GemmParams::changes_columns");
 static_assert(offsetof(GemmParams, access) == 292, "GemmParams::access");
 
+static_assert(sizeof(GemmDecodeCounters) == 12, "GemmDecodeCounters");
+static_assert(alignof(GemmDecodeCounters) == 4, "GemmDecodeCounters");
+static_assert(offsetof(GemmDecodeCounters, taken) == 0, "GemmDecodeCounters::taken");
+static_assert(offsetof(GemmDecodeCounters, written) == 4, "GemmDecodeCounters::written");
+static_assert(offsetof(GemmDecodeCounters, left) == 8, "GemmDecodeCounters::left");
+
+static_assert(sizeof(GemmDecodeParams) == 416, "GemmDecodeParams");
+static_assert(alignof(GemmDecodeParams) == 8, "GemmDecodeParams");
+static_assert(offsetof(GemmDecodeParams, product) == 0, "GemmDecodeParams::product");
+static_assert(offsetof(GemmDecodeParams, shrink) == 296, "GemmDecodeParams::shrink");
+static_assert(offsetof(GemmDecodeParams, counters) == 408, "GemmDecodeParams::counters");
+
 static_assert(sizeof(StepRow) == 16, "StepRow");
 static_assert(alignof(StepRow) == 4, "StepRow");
 static_assert(offsetof(StepRow, sequence) == 0, "StepRow::sequence");

@@ -111,6 +111,24 @@ __device__ __forceinline__ uint32_t fetch_add_acquire_release(uint32_t* counter,
   return before;
 }
 
+// The same where nothing but the number matters: neither waits for this thread's copies nor orders them.
+__device__ __forceinline__ uint32_t fetch_add_relaxed(uint32_t* counter, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
+  return before;
+}
+
+// Waits until a counter in global memory has reached `count`. What others wrote before they added is visible to this
+// thread then.
+__device__ __forceinline__ void wait_for_count(const uint32_t* counter, uint32_t count) {
+  uint32_t now;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  while (now < count);
+}
+
 // Programmatic dependent launch: waits for the grids this one depends on, and for their writes. Without the launch
 // attribute, and before sm_90, a grid starts after them anyway.
 __device__ __forceinline__ void wait_for_previous_grid() {

@@ -68,9 +68,9 @@ __device__ __forceinline__ uint32_t slice_begin(const GemmParams& p, uint32_t sl
   return slice * blocks / p.slices;
 }
 
-// Fills stages and multiplies them. `stream_weights`: weights are read once, so they should not displace the rest
-// from L2.
-template <class Shape, bool stream_weights>
+// Fills stages and multiplies them. `decodes`: weights are read once, so they should not displace the rest from L2, and
+// V may still be on its way from other thread blocks of the grid.
+template <class Shape, bool decodes>
 class Product {
  public:
   using Sums = typename Shape::Sums;
@@ -78,7 +78,7 @@ class Product {
   __device__ __forceinline__ Product(const GemmParams& p, const ColumnTile& tile, uint32_t row, uint32_t slice,
                                      typename Shape::Storage& storage)
       : p_(p), storage_(storage), tile_(tile), row_(row), slice_(slice) {
-    policy_ = stream_weights ? ptx::evict_first_policy() : 0;
+    policy_ = decodes ? ptx::evict_first_policy() : 0;
     block_ = slice_begin(p, slice);
     block_end_ = slice_begin(p, slice + 1);
     // Weights do not depend on the previous grid: they are under way while it ends.
@@ -91,11 +91,19 @@ class Product {
     chunk_ = chunks.begin;
     chunk_end_ = chunks.end;
     look_up_chunk();
-#pragma unroll 1
-    for (uint32_t i = 0; i + 1 < Shape::stages; ++i) {
-      fill(i, i < blocks);
-      ptx::copy_async_commit();
-    }
+    fill_first_stages(true);
+  }
+
+  // Begins again, after another use of shared memory.
+  __device__ __forceinline__ void restart() {
+    block_ = slice_begin(p_, slice_);
+    fill_first_stages(false);
+  }
+
+  // V is to be read once `written` has reached `count`.
+  __device__ __forceinline__ void await_v(const uint32_t* written, uint32_t count) {
+    v_written_ = written;
+    v_count_ = count;
   }
 
   // Whether the tile has rows in this step. Without, there is nothing to multiply.
@@ -104,6 +112,14 @@ class Product {
 
   // The sums of the slice. Afterwards no thread reads or fills a stage: shared memory is free for other use.
   __device__ __forceinline__ void multiply(Sums& sums) {
+    if (decodes) {
+      // A short K leaves stages for rank blocks.
+#pragma unroll 1
+      for (uint32_t i = block_end_ - slice_begin(p_, slice_); i + 1 < Shape::stages; ++i) {
+        fill(i, false);
+        ptx::copy_async_commit();
+      }
+    }
     sums.clear();
 #pragma unroll 1
     for (uint32_t i = slice_begin(p_, slice_); i < block_end_; ++i) {
@@ -128,6 +144,16 @@ class Product {
   struct Range {
     uint32_t begin, end;
   };
+
+  // Starts to copy the first blocks: where V may be on its way, those of K.
+  __device__ __forceinline__ void fill_first_stages(bool weights_are_under_way) {
+    const uint32_t blocks = block_end_ - block_;
+#pragma unroll 1
+    for (uint32_t i = 0; i + 1 < Shape::stages && (!decodes || i < blocks); ++i) {
+      fill(i, weights_are_under_way && i < blocks);
+      ptx::copy_async_commit();
+    }
+  }
 
   // Waits for the oldest stage, starts to fill the one that was multiplied before it, and returns the oldest.
   __device__ __forceinline__ typename Shape::Stage& next_stage() {
@@ -197,6 +223,10 @@ class Product {
       copy_inputs(stage, block_);
       ++block_;
     } else if (chunk_ < chunk_end_) {
+      if (decodes && v_count_ > 0) {
+        ptx::wait_for_count(v_written_, v_count_);
+        v_count_ = 0;
+      }
       copy_rank_block(stage);
       chunk_ += block_steps;
       look_up_chunk();
@@ -246,7 +276,7 @@ class Product {
       void* to = stage.w.piece(threadIdx.x / block_pieces + i * Shape::copied_rows, piece());
       const bf16* row = from + size_t(i * weight_step()) * stride;
       const bool copied = valid && weight_row() + i * weight_step() < out_features();
-      if (stream_weights)
+      if (decodes)
         ptx::copy_async_16(to, row, copied, policy_);
       else
         ptx::copy_async_16(to, row, copied);
@@ -292,6 +322,9 @@ class Product {
   static constexpr uint32_t no_chunk = ~0u;
   uint32_t arena_chunk_ = no_chunk;
   uint32_t read_stage_ = 0;
+  // What to wait for before V is read; 0 once that is there.
+  const uint32_t* v_written_ = nullptr;
+  uint32_t v_count_ = 0;
 };
 
 template <uint32_t count>
@@ -362,31 +395,25 @@ __device__ __forceinline__ void finish(const GemmParams& p, const ColumnTile& ti
   });
 }
 
-// A tile of outputs whose K slices are spread over thread blocks. Grid: (column tiles, K slices, row tiles).
+// What becomes of the sums of a slice, where the slices of a tile are spread over thread blocks. Grid: (column tiles,
+// K slices, row tiles).
 //
 // The slices' sums meet in global memory. The last block of a tile to arrive adds them in ascending order, as
 // `gemm_rank_ext_sliced` does with those it has parked.
-template <class Shape, bool stream_weights>
-__device__ __forceinline__ void multiply_one_slice(const GemmParams& p) {
-  auto& storage = shared_storage<typename Shape::Storage>();
-  ptx::allow_next_grid();
-  const ColumnTile tile(p, blockIdx.x, Shape::columns);
-  const uint32_t slice = blockIdx.y, row = blockIdx.z * Shape::rows;
-  Product<Shape, stream_weights> product(p, tile, row, slice, storage);
-  if (!product.has_rows()) return;
-
-  typename Shape::Sums sums;
-  product.multiply(sums);
+template <class Shape>
+__device__ __forceinline__ void finish_slice(const GemmParams& p, const ColumnTile& tile, uint32_t first_row,
+                                             uint32_t rows, const typename Shape::Sums& sums,
+                                             typename Shape::Storage& storage) {
   if (p.slices == 1) {
     sums.store(warp_corner<Shape>(storage.sums, Shape::sum_stride), Shape::sum_stride);
-    finish<Shape>(p, tile, row, product.rows(), storage);
+    finish<Shape>(p, tile, first_row, rows, storage);
     return;
   }
 
   constexpr uint32_t tile_sums = Shape::rows * Shape::columns;
   const uint32_t place = blockIdx.z * gridDim.x + blockIdx.x;
   float* partials = p.partials + size_t(place) * p.slices * tile_sums;
-  sums.store(warp_corner<Shape>(partials + slice * tile_sums, Shape::columns), Shape::columns);
+  sums.store(warp_corner<Shape>(partials + blockIdx.y * tile_sums, Shape::columns), Shape::columns);
   __syncthreads();
   bool last = false;
   if (threadIdx.x == 0) {
@@ -394,10 +421,10 @@ __device__ __forceinline__ void multiply_one_slice(const GemmParams& p) {
     if (last) p.arrived[place] = 0;
   }
   if (!__syncthreads_or(last)) return;
-  const auto total = [&]<uint32_t n>(uint32_t row_of_tile, uint32_t column, Values<n>& to) {
+  const auto total = [&]<uint32_t n>(uint32_t row, uint32_t column, Values<n>& to) {
     to = {};
     for (uint32_t i = 0; i < p.slices; ++i)
-      add(to, load<n>(partials + i * tile_sums + row_of_tile * Shape::columns + column));
+      add(to, load<n>(partials + i * tile_sums + row * Shape::columns + column));
   };
-  write_outputs<Shape>(p, tile, row, product.rows(), total);
+  write_outputs<Shape>(p, tile, first_row, rows, total);
 }

@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include <source_location>
+#include <string>
 
 #include "runtime/block.h"
 #include "runtime/tensor_core.h"
@@ -76,6 +77,18 @@ inline uint32_t fetch_add_acquire_release(uint32_t* counter, uint32_t value) {
   const uint32_t before = *counter;
   *counter = before + value;
   return before;
+}
+
+inline uint32_t fetch_add_relaxed(uint32_t* counter, uint32_t value) {
+  return fetch_add_acquire_release(counter, value);
+}
+
+// Blocks run one after another: what has not been counted by now never will be.
+inline void wait_for_count(const uint32_t* counter, uint32_t count) {
+  if (*counter >= count) return;
+  emulator::raise_fault(emulator::FaultCode::launch_failed, "waits for a count of " + std::to_string(count) +
+                                                                " with no block left to add to " +
+                                                                std::to_string(*counter));
 }
 
 // Grids run one after another.

@@ -21,7 +21,7 @@ fn any_mix(random: &mut Random, rows: usize) -> Vec<Vec<(u32, f32)>> {
     (0..rows).map(|_| row(random)).collect()
 }
 
-/// Lists, V and product are captured once; every later step only copies its inputs and its work list. Nothing is
+/// Lists and products, with V in the same launch and in one of its own, are captured once; every later step only copies its inputs and its work list. Nothing is
 /// allocated, and the host waits for nothing but the outputs.
 #[test]
 fn one_graph_serves_every_mix_of_adapters() {
@@ -32,9 +32,9 @@ fn one_graph_serves_every_mix_of_adapters() {
         let OnDevice { stream, kernels, group: sites, .. } = &on_device;
         let device = stream.device();
         let x = DeviceBuffer::<bf16>::new(device, bound * input, "x").expect("memory");
-        let y = DeviceBuffer::<bf16>::new(device, bound * width, "y").expect("memory");
+        let ys = [(); 2].map(|()| DeviceBuffer::<bf16>::new(device, bound * width, "y").expect("memory"));
         let mut inputs = Pinned::new(device, bound * input, "inputs").expect("memory");
-        let mut outputs = Pinned::new(device, bound * width, "outputs").expect("memory");
+        let mut outputs = Pinned::new(device, 2 * bound * width, "outputs").expect("memory");
         let mut work = WorkList::new(device, bound, bound.div_ceil(128) * EXPERTS).expect("a work list");
         let lists = ChunkLists::new(stream, &[sites]).expect("lists");
         let scratch = Scratch::new(stream, &[sites]).expect("scratch");
@@ -43,9 +43,10 @@ fn one_graph_serves_every_mix_of_adapters() {
         let captured = stream.capture(|| {
             lists.build(stream, kernels, &work)?;
             let x = Matrix { data: x.slice(..), stride: input };
-            let y = Matrix { data: y.slice(..), stride: width };
+            let [by_one, by_two] = ys.each_ref().map(|y| Matrix { data: y.slice(..), stride: width });
+            kernels.linear(stream, sites, x, by_one, Epilogue::Store, &step)?;
             kernels.shrink_gate(stream, sites, x, &step)?;
-            kernels.product(stream, sites, x, y, Epilogue::Store, &step)
+            kernels.product(stream, sites, x, by_two, Epilogue::Store, &step)
         });
         let graph = captured.expect("a graph");
 
@@ -61,13 +62,17 @@ fn one_graph_serves_every_mix_of_adapters() {
             // SAFETY: all buffers of the capture are alive.
             unsafe { graph.launch(stream) }.expect("a replay");
             let count = rows * width;
-            stream.download(y.slice(..count), &mut outputs[..count]).expect("the outputs");
+            for (y, outputs) in ys.iter().zip(outputs.chunks_exact_mut(bound * width)) {
+                stream.download(y.slice(..count), &mut outputs[..count]).expect("the outputs");
+            }
             if let Some(before) = before {
                 assert_eq!(loramux_emulator::allocations_of_thread(), before, "a step must not allocate");
             }
             let wanted = on_device.run(&group, &batch, Output::Store, ProductKernel::RankExt);
-            let got: Vec<f32> = outputs[..count].iter().map(|value| value.to_f32()).collect();
-            assert_eq!(bits(&got), bits(&wanted), "{rows} rows of at most {bound}");
+            for outputs in outputs.chunks_exact(bound * width) {
+                let got: Vec<f32> = outputs[..count].iter().map(|value| value.to_f32()).collect();
+                assert_eq!(bits(&got), bits(&wanted), "{rows} rows of at most {bound}");
+            }
         }
     }
 }

@@ -5,8 +5,8 @@ use half::bf16;
 
 use loramux::backend::Gates;
 use loramux::backend::cuda::lora::{
-    ChunkArena, ChunkLists, Epilogue, LoraKernels, LowRank, Matrix, Outputs, ProductKernel, RankChunk,
-    Scratch, ShrinkKernel, Site, SiteGroup, Step, WorkList,
+    ChunkArena, ChunkLists, Epilogue, GemmDecodeCounters, LoraKernels, LowRank, Matrix, Outputs,
+    ProductKernel, RankChunk, Scratch, ShrinkKernel, Site, SiteGroup, Step, WorkList,
 };
 use loramux::backend::cuda::{DeviceBuffer, Stream};
 
@@ -46,16 +46,25 @@ pub enum Output {
     SwiGlu,
 }
 
+/// The launches of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Launches {
+    /// `shrink_gate` and `product`, the latter by a certain kernel.
+    ShrinkAnd(ProductKernel),
+    /// `linear`: those of its choice.
+    Linear,
+}
+
 /// How a product is made, and the elements between its rows of outputs.
 #[derive(Clone, Copy, Debug)]
 pub struct Path {
-    pub kernel: ProductKernel,
+    pub launches: Launches,
     pub padding: usize,
 }
 
 impl From<ProductKernel> for Path {
     fn from(kernel: ProductKernel) -> Self {
-        Self { kernel, padding: 16 }
+        Self { launches: Launches::ShrinkAnd(kernel), padding: 16 }
     }
 }
 
@@ -155,6 +164,13 @@ pub struct Lists {
     pub v: Vec<bf16>,
 }
 
+/// What decode products count: zero between launches.
+pub fn counters(stream: &Stream, scratch: &Scratch) -> [u32; 3] {
+    let mut counters = [GemmDecodeCounters::default()];
+    stream.download(scratch.counters(), &mut counters).expect("counters");
+    bytemuck::cast(counters[0])
+}
+
 /// The kernels and a group on the device. Slots are given out in an order of their own.
 pub struct OnDevice {
     pub stream: Stream,
@@ -222,19 +238,28 @@ impl OnDevice {
 
     /// The outputs of a step. What lies between rows of activations is neither read nor written.
     pub fn run(&self, group: &Group, batch: &Batch, output: Output, path: impl Into<Path>) -> Vec<f32> {
-        let Path { kernel, padding } = path.into();
+        let Path { launches, padding } = path.into();
         let (width, rows) = (group.width(output), batch.rows());
         let stride = width + padding;
         let residual = self.padded(&batch.residual, rows, width, stride);
-        let shrink = match kernel {
-            ProductKernel::Decode => ShrinkKernel::Rows16,
-            ProductKernel::RankExt | ProductKernel::RankExtSplit => ShrinkKernel::Rows64,
+        let shrink = match launches {
+            Launches::ShrinkAnd(ProductKernel::Decode) => Some(ShrinkKernel::Rows16),
+            Launches::ShrinkAnd(ProductKernel::RankExt | ProductKernel::RankExtSplit) => {
+                Some(ShrinkKernel::Rows64)
+            }
+            Launches::Linear => None,
         };
         let product = |y: Outputs<'_>, epilogue| {
-            self.after_shrink(group, batch, shrink, |x, step| {
-                let product =
-                    self.kernels.product_by(kernel, &self.stream, &self.group, x, y, epilogue, step);
+            self.in_step(group, batch, shrink, |x, step| {
+                let (kernels, stream, group) = (&self.kernels, &self.stream, &self.group);
+                let product = match launches {
+                    Launches::ShrinkAnd(kernel) => {
+                        kernels.product_by(kernel, stream, group, x, y, epilogue, step)
+                    }
+                    Launches::Linear => kernels.linear(stream, group, x, y, epilogue, step),
+                };
                 product.expect("the product");
+                assert_eq!(counters(stream, step.scratch), [0; 3]);
             });
         };
         if output == Output::StoreFp32 {
@@ -255,7 +280,7 @@ impl OnDevice {
 
     /// What a step leaves for the products: the chunk list and V.
     pub fn lists(&self, group: &Group, batch: &Batch, kernel: ShrinkKernel) -> Lists {
-        self.after_shrink(group, batch, kernel, |_, step| {
+        self.in_step(group, batch, Some(kernel), |_, step| {
             let (starts, chunks) = self.group.read_list(&self.stream).expect("the list");
             let v = step.scratch.v();
             let mut values = vec![bf16::ZERO; v.len()];
@@ -283,12 +308,12 @@ impl OnDevice {
         }
     }
 
-    /// Runs `work_on` on the inputs of a step whose lists are built and whose V is there.
-    fn after_shrink<R>(
+    /// Runs `work_on` on the inputs of a step whose lists are built and whose V is there, where a kernel for it is named.
+    pub fn in_step<R>(
         &self,
         group: &Group,
         batch: &Batch,
-        kernel: ShrinkKernel,
+        shrink: Option<ShrinkKernel>,
         work_on: impl FnOnce(Matrix<'_>, &Step<'_>) -> R,
     ) -> R {
         let (device, rows) = (self.stream.device(), batch.rows());
@@ -303,7 +328,9 @@ impl OnDevice {
         let x = Matrix { data: x.slice(..), stride };
         let step = Step { work: &work, row_bound: rows, scratch: &scratch, overlap: true };
         lists.build(&self.stream, &self.kernels, &work).expect("chunk lists");
-        self.kernels.shrink_gate_by(kernel, &self.stream, &self.group, x, &step).expect("shrink_gate");
+        if let Some(kernel) = shrink {
+            self.kernels.shrink_gate_by(kernel, &self.stream, &self.group, x, &step).expect("shrink_gate");
+        }
         let result = work_on(x, &step);
         assert!(!lists.take_overflow(&self.stream).expect("the flag"), "a list has overflowed");
         result

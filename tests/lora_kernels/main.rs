@@ -6,6 +6,7 @@
 #[path = "../common/cuda_device.rs"]
 mod cuda_device;
 mod frozen;
+mod fused;
 mod graph;
 mod harness;
 mod lists;
@@ -15,7 +16,7 @@ mod reference;
 mod refusals;
 
 use cuda_device::under_thread_orders;
-use harness::{Batch, Group, OnDevice, Output, Pair, Path, Random};
+use harness::{Batch, Group, Launches, OnDevice, Output, Pair, Path, Random};
 use loramux::backend::cuda::lora::ProductKernel;
 use reference::assert_close;
 
@@ -53,7 +54,8 @@ fn check(random: &mut Random, group: &Group, output: Output, gates: Vec<Vec<(u32
 fn paths_for(random: &mut Random, rows: usize) -> Vec<Path> {
     use ProductKernel::*;
     let kernels = if rows <= 64 { vec![Decode, RankExt, RankExtSplit] } else { vec![RankExt, RankExtSplit] };
-    kernels.into_iter().map(|kernel| Path { kernel, padding: [16, 5][random.below(2)] }).collect()
+    let ways = kernels.into_iter().map(Launches::ShrinkAnd).chain([Launches::Linear]);
+    ways.map(|launches| Path { launches, padding: [16, 5][random.below(2)] }).collect()
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {

@@ -22,7 +22,7 @@ pub const CHUNK_LISTS_THREADS: usize = 256;
 pub const SHRINK_GATE_16_ROWS: usize = 16;
 pub const SHRINK_GATE_16_CHUNKS: usize = 1;
 pub const SHRINK_GATE_16_THREADS: usize = 128;
-pub const SHRINK_GATE_16_SHARED_BYTES: usize = 99328;
+pub const SHRINK_GATE_16_SHARED_BYTES: usize = 98304;
 /// `shrink_gate_64`, for many rows.
 pub const SHRINK_GATE_64_ROWS: usize = 64;
 pub const SHRINK_GATE_64_CHUNKS: usize = 4;
@@ -35,9 +35,9 @@ pub const GEMM_RANK_EXT_SHARED_BYTES: usize = 98304;
 /// `gemm_decode_*`, for at most 16, 32 or 64 rows.
 pub const GEMM_DECODE_COLUMNS: usize = 64;
 pub const GEMM_DECODE_THREADS: usize = 128;
-pub const GEMM_DECODE_16_SHARED_BYTES: usize = 81920;
-pub const GEMM_DECODE_32_SHARED_BYTES: usize = 98304;
-pub const GEMM_DECODE_64_SHARED_BYTES: usize = 98304;
+pub const GEMM_DECODE_16_SHARED_BYTES: usize = 82944;
+pub const GEMM_DECODE_32_SHARED_BYTES: usize = 99328;
+pub const GEMM_DECODE_64_SHARED_BYTES: usize = 99328;
 /// Tokens of a page of the KV cache.
 pub const PAGE: usize = 16;
 /// Grids of these kernels: a row in x; `embed`, `swiglu` and `pick_rows` have a thread block for so many columns in y,
@@ -228,7 +228,8 @@ pub struct ShrinkGateParams {
     pub a: [u64; 4usize],
     /// [1]: rows of this step.
     pub rows: u64,
-    /// `shrink_gate_16` with more than one slice: partial sums [v blocks][slices][ROW_TILE][16].
+    /// With more than one slice, for `shrink_gate_16` and `gemm_decode_*`: partial sums
+    /// [v blocks][slices][ROW_TILE][16].
     pub partials: u64,
     /// Likewise [v blocks][ROW_TILE / 16]: slices that have arrived; zero before and after every launch.
     pub arrived: u64,
@@ -307,7 +308,7 @@ pub enum Epilogue {
     StoreFp32 = 3,
 }
 
-/// `gemm_rank_ext_*` and `gemm_decode_*`: Y = X · Wᵀ + bias + Σ_chunks V · Bᵀ, all sites of a group.
+/// `gemm_rank_ext_*`, and most of `gemm_decode_*`: Y = X · Wᵀ + bias + Σ_chunks V · Bᵀ, all sites of a group.
 ///
 /// The sum of one output is defined by the group alone: K is cut into `slices` runs of K blocks; a slice is summed in
 /// fp32 over ascending k, from zero, then changed column by column where experts do that (their biases in slice 0), then
@@ -385,6 +386,53 @@ const _: () = {
     ["Offset of field: GemmParams::changes_columns"]
         [::std::mem::offset_of!(GemmParams, changes_columns) - 288usize];
     ["Offset of field: GemmParams::access"][::std::mem::offset_of!(GemmParams, access) - 292usize];
+};
+
+/// What the thread blocks of a `gemm_decode_*` that computes V tell each other; zero before the first launch and after
+/// every launch.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct GemmDecodeCounters {
+    /// Units of V that have been taken.
+    pub taken: u32,
+    /// Pairs of 16 rows and a rank chunk whose V is there.
+    pub written: u32,
+    /// Thread blocks that need neither any more.
+    pub left: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GemmDecodeCounters"][::std::mem::size_of::<GemmDecodeCounters>() - 12usize];
+    ["Alignment of GemmDecodeCounters"][::std::mem::align_of::<GemmDecodeCounters>() - 4usize];
+    ["Offset of field: GemmDecodeCounters::taken"]
+        [::std::mem::offset_of!(GemmDecodeCounters, taken) - 0usize];
+    ["Offset of field: GemmDecodeCounters::written"]
+        [::std::mem::offset_of!(GemmDecodeCounters, written) - 4usize];
+    ["Offset of field: GemmDecodeCounters::left"][::std::mem::offset_of!(GemmDecodeCounters, left) - 8usize];
+};
+
+/// `gemm_decode_*`.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct GemmDecodeParams {
+    pub product: GemmParams,
+    /// Of the same rows and lists; read where `counters` is not null.
+    pub shrink: ShrinkGateParams,
+    /// Null where V is there before the launch, or no adapters are.
+    pub counters: u64,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GemmDecodeParams"][::std::mem::size_of::<GemmDecodeParams>() - 416usize];
+    ["Alignment of GemmDecodeParams"][::std::mem::align_of::<GemmDecodeParams>() - 8usize];
+    ["Offset of field: GemmDecodeParams::product"]
+        [::std::mem::offset_of!(GemmDecodeParams, product) - 0usize];
+    ["Offset of field: GemmDecodeParams::shrink"]
+        [::std::mem::offset_of!(GemmDecodeParams, shrink) - 296usize];
+    ["Offset of field: GemmDecodeParams::counters"]
+        [::std::mem::offset_of!(GemmDecodeParams, counters) - 408usize];
 };
 
 /// Where a row of a step stands in its sequence.

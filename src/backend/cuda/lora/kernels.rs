@@ -7,10 +7,10 @@ use bytemuck::Zeroable;
 use super::super::elementwise::RowCount;
 use super::super::params::{
     ChunkListParams, GEMM_DECODE_16_SHARED_BYTES, GEMM_DECODE_32_SHARED_BYTES, GEMM_DECODE_64_SHARED_BYTES,
-    GEMM_DECODE_COLUMNS, GEMM_DECODE_THREADS, GEMM_RANK_EXT_SHARED_BYTES, GEMM_RANK_EXT_THREADS, GemmParams,
-    SHRINK_GATE_16_CHUNKS, SHRINK_GATE_16_ROWS, SHRINK_GATE_16_SHARED_BYTES, SHRINK_GATE_16_THREADS,
-    SHRINK_GATE_64_CHUNKS, SHRINK_GATE_64_ROWS, SHRINK_GATE_64_SHARED_BYTES, SHRINK_GATE_64_THREADS,
-    ShrinkGateParams,
+    GEMM_DECODE_COLUMNS, GEMM_DECODE_THREADS, GEMM_RANK_EXT_SHARED_BYTES, GEMM_RANK_EXT_THREADS,
+    GemmDecodeParams, GemmParams, SHRINK_GATE_16_CHUNKS, SHRINK_GATE_16_ROWS, SHRINK_GATE_16_SHARED_BYTES,
+    SHRINK_GATE_16_THREADS, SHRINK_GATE_64_CHUNKS, SHRINK_GATE_64_ROWS, SHRINK_GATE_64_SHARED_BYTES,
+    SHRINK_GATE_64_THREADS, ShrinkGateParams,
 };
 use super::super::{CudaError, Device, Kernel, Launch, Matrix, Stream};
 use super::product::{Epilogue, FrozenLayer, Outputs, Product, check_step};
@@ -85,7 +85,7 @@ pub struct LoraKernels {
 struct Decode {
     rows: usize,
     shared_bytes: usize,
-    kernel: Kernel<GemmParams>,
+    kernel: Kernel<GemmDecodeParams>,
 }
 
 impl LoraKernels {
@@ -113,6 +113,35 @@ impl LoraKernels {
             ],
             multiprocessors: device.properties().multiprocessors as usize,
         })
+    }
+
+    /// `Y = X · Wᵀ + bias + gate · scale · (X · Aᵀ) · Bᵀ`, the sites' outputs side by side (for SwiGLU: one site's width):
+    /// [`shrink_gate`](Self::shrink_gate) and [`product`](Self::product), in one launch for steps of up to 64 rows.
+    ///
+    /// `x` is `[rows, in_features]`.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`].
+    pub fn linear<'a>(
+        &self,
+        stream: &Stream,
+        group: &SiteGroup,
+        x: Matrix<'_>,
+        y: impl Into<Outputs<'a>>,
+        epilogue: Epilogue<'_>,
+        step: &Step<'_>,
+    ) -> Result<(), CudaError> {
+        let product = Product::of_group(group, x, y.into(), epilogue, step)?;
+        let has_experts = group.capacity() > 0;
+        if step.row_bound <= DECODE_ROWS {
+            let shrink =
+                has_experts.then(|| (shrink_params(group, x, step), step.scratch.counters().address()));
+            return self.decode(stream, &product, shrink);
+        }
+        if has_experts {
+            self.shrink_gate(stream, group, x, step)?;
+        }
+        self.launch(self.kernel_for(&product), stream, &product)
     }
 
     /// `V = gate · scale · (X · Aᵀ)` for the group's chunks of this step, into the step's scratch memory.
@@ -197,44 +226,63 @@ impl LoraKernels {
     }
 
     fn launch(&self, kernel: ProductKernel, stream: &Stream, product: &Product) -> Result<(), CudaError> {
-        let Product { params, row_bound: rows, .. } = product;
+        let params = &product.params;
         let (tiles, slices) = (product.tiles(), params.slices);
-        let (kernel, grid, threads, shared_bytes) = match kernel {
-            ProductKernel::Decode => {
-                let Some(decode) = self.gemm_decode.iter().find(|decode| *rows <= decode.rows) else {
-                    return Err(CudaError::Shape(format!("{rows} rows to decode, at most {DECODE_ROWS}")));
-                };
-                let tiles = product.column_tiles(GEMM_DECODE_COLUMNS);
-                (&decode.kernel, [tiles as u32, slices, 1], GEMM_DECODE_THREADS, decode.shared_bytes)
-            }
-            ProductKernel::RankExt => {
-                // One that parks its sums has memory for as many thread blocks as run at once.
-                let (kernel, blocks) = match slices {
-                    1 => (&self.gemm_rank_ext, tiles),
-                    _ => (&self.gemm_rank_ext_sliced, tiles.min(GEMM_BLOCKS * self.multiprocessors)),
-                };
-                (kernel, [blocks as u32, 1, 1], GEMM_RANK_EXT_THREADS, GEMM_RANK_EXT_SHARED_BYTES)
-            }
+        let (kernel, grid) = match kernel {
+            ProductKernel::Decode => return self.decode(stream, product, None),
+            // One that parks its sums has memory for as many thread blocks as run at once.
+            ProductKernel::RankExt => match slices {
+                1 => (&self.gemm_rank_ext, [tiles as u32, 1, 1]),
+                _ => {
+                    let blocks = tiles.min(GEMM_BLOCKS * self.multiprocessors);
+                    (&self.gemm_rank_ext_sliced, [blocks as u32, 1, 1])
+                }
+            },
             ProductKernel::RankExtSplit if slices > 1 && tiles > self.multiprocessors => {
                 let most = self.multiprocessors;
                 return Err(CudaError::Shape(format!("{tiles} tiles in slices, at most {most}")));
             }
             ProductKernel::RankExtSplit => {
-                let grid = [params.column_tiles, slices, params.row_tiles];
-                (&self.gemm_rank_ext_split, grid, GEMM_RANK_EXT_THREADS, GEMM_RANK_EXT_SHARED_BYTES)
+                (&self.gemm_rank_ext_split, [params.column_tiles, slices, params.row_tiles])
             }
         };
-        if *rows == 0 {
+        if product.row_bound == 0 {
             return Ok(());
         }
         let launch = Launch {
-            shared_bytes: shared_bytes as u32,
+            shared_bytes: GEMM_RANK_EXT_SHARED_BYTES as u32,
             overlap_previous: product.overlap,
-            ..Launch::new(grid, threads as u32)
+            ..Launch::new(grid, GEMM_RANK_EXT_THREADS as u32)
         };
         // SAFETY: `Product` has checked every extent that the kernel derives from the parameters, and that partial sums
         // have room.
         unsafe { stream.launch(kernel, &launch, params) }
+    }
+
+    /// A decode product; with `shrink` and its counters it computes V too.
+    fn decode(
+        &self,
+        stream: &Stream,
+        product: &Product,
+        shrink: Option<(ShrinkGateParams, u64)>,
+    ) -> Result<(), CudaError> {
+        let rows = product.row_bound;
+        let Some(decode) = self.gemm_decode.iter().find(|decode| rows <= decode.rows) else {
+            return Err(CudaError::Shape(format!("{rows} rows to decode, at most {DECODE_ROWS}")));
+        };
+        if rows == 0 {
+            return Ok(());
+        }
+        let tiles = product.column_tiles(GEMM_DECODE_COLUMNS);
+        let launch = Launch {
+            shared_bytes: decode.shared_bytes as u32,
+            overlap_previous: product.overlap,
+            ..Launch::new([tiles as u32, product.params.slices, 1], GEMM_DECODE_THREADS as u32)
+        };
+        let (shrink, counters) = shrink.unwrap_or((Zeroable::zeroed(), 0));
+        let params = GemmDecodeParams { product: product.params, shrink, counters };
+        // SAFETY: as in `launch`; V and its partial sums have room for the chunks of a row tile.
+        unsafe { stream.launch(&decode.kernel, &launch, &params) }
     }
 
     /// [`shrink_gate`](Self::shrink_gate) by a certain kernel.
@@ -254,24 +302,7 @@ impl LoraKernels {
         if step.row_bound == 0 {
             return Ok(());
         }
-        let mut params = ShrinkGateParams {
-            x: x.data.address(),
-            v: step.scratch.v().address(),
-            gates: step.work.gates_address(),
-            chunks: group.list().address(),
-            starts: group.starts().address(),
-            rows: step.work.rows_address(),
-            partials: step.scratch.shrink_partials(),
-            arrived: step.scratch.shrink_arrived(),
-            in_features: group.in_features() as u32,
-            x_stride: x.stride as u32,
-            slices: shrink_slices(group.in_features()) as u32,
-            cells: (group.slices() * group.sites().len()) as u32,
-            ..Zeroable::zeroed()
-        };
-        for (a, site) in params.a.iter_mut().zip(group.sites()) {
-            *a = site.chunks.a();
-        }
+        let params = shrink_params(group, x, step);
         let (kernel, rows, chunks, slices, threads, shared_bytes) = match kernel {
             ShrinkKernel::Rows16 => {
                 let slices = params.slices as usize;
@@ -309,4 +340,26 @@ impl LoraKernels {
         // SAFETY: X has been checked; V, lists and gates are sized by the group and the work list.
         unsafe { stream.launch(kernel, &launch, &params) }
     }
+}
+
+fn shrink_params(group: &SiteGroup, x: Matrix<'_>, step: &Step<'_>) -> ShrinkGateParams {
+    let mut params = ShrinkGateParams {
+        x: x.data.address(),
+        v: step.scratch.v().address(),
+        gates: step.work.gates_address(),
+        chunks: group.list().address(),
+        starts: group.starts().address(),
+        rows: step.work.rows_address(),
+        partials: step.scratch.shrink_partials(),
+        arrived: step.scratch.shrink_arrived(),
+        in_features: group.in_features() as u32,
+        x_stride: x.stride as u32,
+        slices: shrink_slices(group.in_features()) as u32,
+        cells: (group.slices() * group.sites().len()) as u32,
+        ..Zeroable::zeroed()
+    };
+    for (a, site) in params.a.iter_mut().zip(group.sites()) {
+        *a = site.chunks.a();
+    }
+    params
 }

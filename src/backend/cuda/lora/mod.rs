@@ -6,10 +6,11 @@
 //!
 //! An adapter's pair lies in the [`ChunkArena`] of each site, 16 ranks a chunk. Per step, a [`WorkList`] says which
 //! experts each tile of 128 rows uses and with which gates; [`ChunkLists`] turns it into a list of rank chunks for
-//! every [`SiteGroup`] of the model in one launch. From then on a group is two launches: [`LoraKernels::shrink_gate`]
-//! leaves V, [`LoraKernels::product`] leaves Y. Nothing here allocates or waits after construction, except loading an
-//! adapter; what a step needs beyond its launches is two copies from page-locked memory, so everything between them
-//! can be captured in one graph that serves every mix of adapters.
+//! every [`SiteGroup`] of the model in one launch. From then on a group is one call, [`LoraKernels::linear`]: a single
+//! launch for up to 64 rows, else [`LoraKernels::shrink_gate`], which leaves V, and [`LoraKernels::product`], which leaves
+//! Y. Nothing here allocates or waits after construction, except loading an adapter; what a step needs beyond its
+//! launches is two copies from page-locked memory, so everything between them can be captured in one graph that serves
+//! every mix of adapters.
 //!
 //! # One sum, two kernels
 //!
@@ -34,6 +35,6 @@ pub use scratch::Scratch;
 pub use work_list::{Seated, WorkList};
 
 pub use super::Matrix;
-pub use super::params::RankChunk;
+pub use super::params::{GemmDecodeCounters, RankChunk};
 
 pub(super) use layout::PairLayout;

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::super::params::{
-    GEMM_DECODE_COLUMNS, GEMM_RANK_EXT_COLUMNS, RANK_CHUNK, ROW_TILE, SHRINK_GATE_16_ROWS,
+    GEMM_DECODE_COLUMNS, GEMM_RANK_EXT_COLUMNS, GemmDecodeCounters, RANK_CHUNK, ROW_TILE, SHRINK_GATE_16_ROWS,
 };
 use super::super::{CudaError, DeviceBuffer, DeviceSlice, Stream};
 use super::kernels::{DECODE_ROWS, FEW_ROWS, GEMM_BLOCKS};
@@ -21,6 +21,8 @@ pub struct Scratch {
     arrived: DeviceBuffer<u32>,
     shrink_partials: DeviceBuffer<f32>,
     shrink_arrived: DeviceBuffer<u32>,
+    /// `[1]`
+    counters: DeviceBuffer<GemmDecodeCounters>,
 }
 
 impl Scratch {
@@ -41,9 +43,11 @@ impl Scratch {
             arrived: DeviceBuffer::new(device, sizes.arrived, "counters of partial sums")?,
             shrink_partials: DeviceBuffer::new(device, sizes.shrink_partials, "partial sums of V")?,
             shrink_arrived: DeviceBuffer::new(device, sizes.shrink_arrived, "counters of partial sums of V")?,
+            counters: DeviceBuffer::new(device, 1, "counters of a decode product")?,
         };
         stream.upload(&vec![0; sizes.arrived], &scratch.arrived)?;
         stream.upload(&vec![0; sizes.shrink_arrived], &scratch.shrink_arrived)?;
+        stream.upload(&[GemmDecodeCounters::default()], &scratch.counters)?;
         Ok(scratch)
     }
 
@@ -66,6 +70,11 @@ impl Scratch {
 
     pub(super) fn shrink_arrived(&self) -> u64 {
         self.shrink_arrived.address()
+    }
+
+    /// `[1]`: what a decode product that computes V counts; zero between launches. For tests and tools.
+    pub fn counters(&self) -> DeviceSlice<'_, GemmDecodeCounters> {
+        self.counters.slice(..)
     }
 
     /// That a group's launches have room.
