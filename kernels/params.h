@@ -460,6 +460,107 @@ struct AttentionParams {
   uint32_t reserved;
 };
 
+// ---- sampling ----
+
+#define LORAMUX_SAMPLE_THREADS 1024
+#define LORAMUX_SAMPLE_SHARED_BYTES 16904
+// Most likely tokens that a draw reports, at most.
+#define LORAMUX_SAMPLE_TOP 32
+// Weights are summed in units of 2^−40.
+#define LORAMUX_SAMPLE_UNIT_BITS 40
+
+// Which token a draw is about.
+enum SampleMode {
+  // `token`
+  LORAMUX_GIVEN = 0,
+  // The one with the largest logit, the lowest id on a tie.
+  LORAMUX_MOST_LIKELY = 1,
+  // The first, in order of id, at which the sum of the kept weights passes a random fraction of the whole.
+  LORAMUX_RANDOM = 2,
+};
+
+enum SampleStatus {
+  LORAMUX_SAMPLED = 0,
+  // The logit of `token` is `value`: NaN or +inf. It is the first such token.
+  LORAMUX_NOT_FINITE = 1,
+  // All logits are −inf.
+  LORAMUX_NO_TOKEN_LEFT = 2,
+};
+
+// Something that changes one token's logit. What the value is depends on the list.
+struct SampleEntry {
+  uint32_t token;
+  uint32_t value;
+};
+
+// What to do with one row of logits. Tokens of entries are below the vocabulary.
+struct SampleDraw {
+  // The random fraction and the fraction of the weight that is kept, in units of 2^−64. All ones: all is kept.
+  uint64_t fraction;
+  uint64_t top_p;
+  uint32_t row;
+  // enum SampleMode
+  uint32_t mode;
+  uint32_t token;
+  // Whether log-probabilities are wanted, and of how many most likely tokens, at most the vocabulary.
+  uint32_t reports;
+  uint32_t top;
+  // How many tokens are kept. All ones: all.
+  uint32_t top_k;
+  float min_p;
+  float temperature;
+  float repetition_penalty;
+  float frequency_penalty;
+  float presence_penalty;
+  // From here on `entries` has the lists below, one after another. In a list with values no token is twice.
+  uint32_t first_entry;
+  // Values: floats that are added.
+  uint32_t biases;
+  // No values.
+  uint32_t banned;
+  // Values: how often the token was generated, 0 for one that is in the prompt only.
+  uint32_t seen;
+  uint32_t reserved;
+};
+
+struct SampleTop {
+  uint32_t token;
+  float logit;
+};
+
+// Logits in it are raw: before biases, bans, penalties and temperature.
+struct SampleResult {
+  // Σ exp(l − largest) in units of 2^−LORAMUX_SAMPLE_UNIT_BITS, where an infinite largest logit counts as 1.
+  uint64_t sum;
+  // enum SampleStatus
+  uint32_t status;
+  uint32_t token;
+  float value;
+  // −inf where no logit is a number.
+  float largest;
+  // Of `token`; −inf for one outside the vocabulary.
+  float logit;
+  // Tokens whose logits are at least that.
+  uint32_t rank;
+  // The most likely tokens, best first, the lower id first on a tie.
+  struct SampleTop top[LORAMUX_SAMPLE_TOP];
+};
+
+// `sample`: a thread block for each draw.
+struct SampleParams {
+  // [rows][stride], vocabulary used.
+  DEVICE(const float) logits;
+  // [draws]
+  DEVICE(const struct SampleDraw) draws;
+  DEVICE(const struct SampleEntry) entries;
+  // [draws][vocabulary]: changed logits, then weights.
+  DEVICE(float) scratch;
+  // [draws]
+  DEVICE(struct SampleResult) results;
+  uint32_t vocabulary;
+  uint32_t stride;
+};
+
 #if defined(__cplusplus) && !defined(LORAMUX_BINDGEN)
 #include "params_layout.h"
 #endif

@@ -220,3 +220,55 @@ static_assert(offsetof(AttentionParams, head_dim) == 88, "AttentionParams::head_
 static_assert(offsetof(AttentionParams, window) == 92, "AttentionParams::window");
 static_assert(offsetof(AttentionParams, scale) == 96, "AttentionParams::scale");
 static_assert(offsetof(AttentionParams, reserved) == 100, "AttentionParams::reserved");
+
+static_assert(sizeof(SampleEntry) == 8, "SampleEntry");
+static_assert(alignof(SampleEntry) == 4, "SampleEntry");
+static_assert(offsetof(SampleEntry, token) == 0, "SampleEntry::token");
+static_assert(offsetof(SampleEntry, value) == 4, "SampleEntry::value");
+
+static_assert(sizeof(SampleDraw) == 80, "SampleDraw");
+static_assert(alignof(SampleDraw) == 8, "SampleDraw");
+static_assert(offsetof(SampleDraw, fraction) == 0, "SampleDraw::fraction");
+static_assert(offsetof(SampleDraw, top_p) == 8, "SampleDraw::top_p");
+static_assert(offsetof(SampleDraw, row) == 16, "SampleDraw::row");
+static_assert(offsetof(SampleDraw, mode) == 20, "SampleDraw::mode");
+static_assert(offsetof(SampleDraw, token) == 24, "SampleDraw::token");
+static_assert(offsetof(SampleDraw, reports) == 28, "SampleDraw::reports");
+static_assert(offsetof(SampleDraw, top) == 32, "SampleDraw::top");
+static_assert(offsetof(SampleDraw, top_k) == 36, "SampleDraw::top_k");
+static_assert(offsetof(SampleDraw, min_p) == 40, "SampleDraw::min_p");
+static_assert(offsetof(SampleDraw, temperature) == 44, "SampleDraw::temperature");
+static_assert(offsetof(SampleDraw, repetition_penalty) == 48, "SampleDraw::repetition_penalty");
+static_assert(offsetof(SampleDraw, frequency_penalty) == 52, "SampleDraw::frequency_penalty");
+static_assert(offsetof(SampleDraw, presence_penalty) == 56, "SampleDraw::presence_penalty");
+static_assert(offsetof(SampleDraw, first_entry) == 60, "SampleDraw::first_entry");
+static_assert(offsetof(SampleDraw, biases) == 64, "SampleDraw::biases");
+static_assert(offsetof(SampleDraw, banned) == 68, "SampleDraw::banned");
+static_assert(offsetof(SampleDraw, seen) == 72, "SampleDraw::seen");
+static_assert(offsetof(SampleDraw, reserved) == 76, "SampleDraw::reserved");
+
+static_assert(sizeof(SampleTop) == 8, "SampleTop");
+static_assert(alignof(SampleTop) == 4, "SampleTop");
+static_assert(offsetof(SampleTop, token) == 0, "SampleTop::token");
+static_assert(offsetof(SampleTop, logit) == 4, "SampleTop::logit");
+
+static_assert(sizeof(SampleResult) == 288, "SampleResult");
+static_assert(alignof(SampleResult) == 8, "SampleResult");
+static_assert(offsetof(SampleResult, sum) == 0, "SampleResult::sum");
+static_assert(offsetof(SampleResult, status) == 8, "SampleResult::status");
+static_assert(offsetof(SampleResult, token) == 12, "SampleResult::token");
+static_assert(offsetof(SampleResult, value) == 16, "SampleResult::value");
+static_assert(offsetof(SampleResult, largest) == 20, "SampleResult::largest");
+static_assert(offsetof(SampleResult, logit) == 24, "SampleResult::logit");
+static_assert(offsetof(SampleResult, rank) == 28, "SampleResult::rank");
+static_assert(offsetof(SampleResult, top) == 32, "SampleResult::top");
+
+static_assert(sizeof(SampleParams) == 48, "SampleParams");
+static_assert(alignof(SampleParams) == 8, "SampleParams");
+static_assert(offsetof(SampleParams, logits) == 0, "SampleParams::logits");
+static_assert(offsetof(SampleParams, draws) == 8, "SampleParams::draws");
+static_assert(offsetof(SampleParams, entries) == 16, "SampleParams::entries");
+static_assert(offsetof(SampleParams, scratch) == 24, "SampleParams::scratch");
+static_assert(offsetof(SampleParams, results) == 32, "SampleParams::results");
+static_assert(offsetof(SampleParams, vocabulary) == 40, "SampleParams::vocabulary");
+static_assert(offsetof(SampleParams, stride) == 44, "SampleParams::stride");

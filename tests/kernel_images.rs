@@ -29,9 +29,11 @@ const COPY_ASYNC: &str = "LDGSTS.E.BYPASS.LTC128B.128";
 /// 16 bytes between global memory and registers.
 const LOAD: &str = "LDG.E.128";
 const STORE: &str = "STG.E.128";
+/// An addition in shared memory, by hardware: no loop of compare and exchange.
+const ADD_SHARED: &str = "ATOMS.ADD";
 
 /// By the name of the kernel or of a family of them: what its code must contain.
-const REQUIRED: [(&str, &[&str]); 10] = [
+const REQUIRED: [(&str, &[&str]); 11] = [
     ("attention_", &[MMA, LOAD_MATRIX, LOAD_TRANSPOSED, COPY_ASYNC, EXP2]),
     ("chunk_lists", &[]),
     ("embed", &[LOAD, STORE]),
@@ -40,6 +42,7 @@ const REQUIRED: [(&str, &[&str]); 10] = [
     ("pick_rows", &[LOAD, STORE]),
     ("rms_norm", &[LOAD, STORE]),
     ("rope_store", &[LOAD, STORE]),
+    ("sample", &[ADD_SHARED]),
     ("shrink_gate_", &[MMA, LOAD_MATRIX, COPY_ASYNC]),
     ("swiglu", &[LOAD, STORE]),
 ];

@@ -73,6 +73,7 @@ inline int __float2int_rz(float value) { return static_cast<int>(value); }
 inline int __float2int_rd(float value) { return static_cast<int>(floorf(value)); }
 inline int __float2int_ru(float value) { return static_cast<int>(ceilf(value)); }
 inline unsigned __float2uint_rn(float value) { return static_cast<unsigned>(rintf(value)); }
+inline unsigned long long __float2ull_rn(float value) { return static_cast<unsigned long long>(rintf(value)); }
 inline float __int2float_rn(int value) { return static_cast<float>(value); }
 inline float __uint2float_rn(unsigned value) { return static_cast<float>(value); }
 

@@ -7,7 +7,7 @@ pub mod gemm;
 mod kv_cache;
 mod linear;
 mod parallel;
-mod sampling;
+pub(super) mod sampling;
 pub mod simd;
 
 use std::sync::Arc;

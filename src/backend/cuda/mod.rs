@@ -60,6 +60,7 @@ pub mod lora;
 mod matrix;
 mod memory;
 pub mod params;
+pub mod sample;
 mod stream;
 mod tensor_map;
 

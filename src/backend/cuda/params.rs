@@ -73,6 +73,12 @@ pub const ATTENTION_SPLIT_80_SHARED_BYTES: usize = 50176;
 pub const ATTENTION_SPLIT_96_SHARED_BYTES: usize = 58880;
 pub const ATTENTION_SPLIT_128_SHARED_BYTES: usize = 76288;
 pub const ATTENTION_SPLIT_256_SHARED_BYTES: usize = 78336;
+pub const SAMPLE_THREADS: usize = 1024;
+pub const SAMPLE_SHARED_BYTES: usize = 16904;
+/// Most likely tokens that a draw reports, at most.
+pub const SAMPLE_TOP: usize = 32;
+/// Weights are summed in units of 2^−40.
+pub const SAMPLE_UNIT_BITS: usize = 40;
 
 /// A rank chunk in use by a row tile. Its index in the chunk list is also its v block: where `shrink_gate` leaves and
 /// the products find V[row] = gate · scale · (x · A_chunkᵀ).
@@ -789,4 +795,180 @@ const _: () = {
     ["Offset of field: AttentionParams::scale"][::std::mem::offset_of!(AttentionParams, scale) - 96usize];
     ["Offset of field: AttentionParams::reserved"]
         [::std::mem::offset_of!(AttentionParams, reserved) - 100usize];
+};
+
+#[repr(u32)]
+/// Which token a draw is about.
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub enum SampleMode {
+    /// `token`
+    Given = 0,
+    /// The one with the largest logit, the lowest id on a tie.
+    MostLikely = 1,
+    /// The first, in order of id, at which the sum of the kept weights passes a random fraction of the whole.
+    Random = 2,
+}
+
+#[repr(u32)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub enum SampleStatus {
+    Sampled = 0,
+    /// The logit of `token` is `value`: NaN or +inf. It is the first such token.
+    NotFinite = 1,
+    /// All logits are −inf.
+    NoTokenLeft = 2,
+}
+
+/// Something that changes one token's logit. What the value is depends on the list.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct SampleEntry {
+    pub token: u32,
+    pub value: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SampleEntry"][::std::mem::size_of::<SampleEntry>() - 8usize];
+    ["Alignment of SampleEntry"][::std::mem::align_of::<SampleEntry>() - 4usize];
+    ["Offset of field: SampleEntry::token"][::std::mem::offset_of!(SampleEntry, token) - 0usize];
+    ["Offset of field: SampleEntry::value"][::std::mem::offset_of!(SampleEntry, value) - 4usize];
+};
+
+/// What to do with one row of logits. Tokens of entries are below the vocabulary.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct SampleDraw {
+    /// The random fraction and the fraction of the weight that is kept, in units of 2^−64. All ones: all is kept.
+    pub fraction: u64,
+    pub top_p: u64,
+    pub row: u32,
+    /// enum SampleMode
+    pub mode: u32,
+    pub token: u32,
+    /// Whether log-probabilities are wanted, and of how many most likely tokens, at most the vocabulary.
+    pub reports: u32,
+    pub top: u32,
+    /// How many tokens are kept. All ones: all.
+    pub top_k: u32,
+    pub min_p: f32,
+    pub temperature: f32,
+    pub repetition_penalty: f32,
+    pub frequency_penalty: f32,
+    pub presence_penalty: f32,
+    /// From here on `entries` has the lists below, one after another. In a list with values no token is twice.
+    pub first_entry: u32,
+    /// Values: floats that are added.
+    pub biases: u32,
+    /// No values.
+    pub banned: u32,
+    /// Values: how often the token was generated, 0 for one that is in the prompt only.
+    pub seen: u32,
+    pub reserved: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SampleDraw"][::std::mem::size_of::<SampleDraw>() - 80usize];
+    ["Alignment of SampleDraw"][::std::mem::align_of::<SampleDraw>() - 8usize];
+    ["Offset of field: SampleDraw::fraction"][::std::mem::offset_of!(SampleDraw, fraction) - 0usize];
+    ["Offset of field: SampleDraw::top_p"][::std::mem::offset_of!(SampleDraw, top_p) - 8usize];
+    ["Offset of field: SampleDraw::row"][::std::mem::offset_of!(SampleDraw, row) - 16usize];
+    ["Offset of field: SampleDraw::mode"][::std::mem::offset_of!(SampleDraw, mode) - 20usize];
+    ["Offset of field: SampleDraw::token"][::std::mem::offset_of!(SampleDraw, token) - 24usize];
+    ["Offset of field: SampleDraw::reports"][::std::mem::offset_of!(SampleDraw, reports) - 28usize];
+    ["Offset of field: SampleDraw::top"][::std::mem::offset_of!(SampleDraw, top) - 32usize];
+    ["Offset of field: SampleDraw::top_k"][::std::mem::offset_of!(SampleDraw, top_k) - 36usize];
+    ["Offset of field: SampleDraw::min_p"][::std::mem::offset_of!(SampleDraw, min_p) - 40usize];
+    ["Offset of field: SampleDraw::temperature"][::std::mem::offset_of!(SampleDraw, temperature) - 44usize];
+    ["Offset of field: SampleDraw::repetition_penalty"]
+        [::std::mem::offset_of!(SampleDraw, repetition_penalty) - 48usize];
+    ["Offset of field: SampleDraw::frequency_penalty"]
+        [::std::mem::offset_of!(SampleDraw, frequency_penalty) - 52usize];
+    ["Offset of field: SampleDraw::presence_penalty"]
+        [::std::mem::offset_of!(SampleDraw, presence_penalty) - 56usize];
+    ["Offset of field: SampleDraw::first_entry"][::std::mem::offset_of!(SampleDraw, first_entry) - 60usize];
+    ["Offset of field: SampleDraw::biases"][::std::mem::offset_of!(SampleDraw, biases) - 64usize];
+    ["Offset of field: SampleDraw::banned"][::std::mem::offset_of!(SampleDraw, banned) - 68usize];
+    ["Offset of field: SampleDraw::seen"][::std::mem::offset_of!(SampleDraw, seen) - 72usize];
+    ["Offset of field: SampleDraw::reserved"][::std::mem::offset_of!(SampleDraw, reserved) - 76usize];
+};
+
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct SampleTop {
+    pub token: u32,
+    pub logit: f32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SampleTop"][::std::mem::size_of::<SampleTop>() - 8usize];
+    ["Alignment of SampleTop"][::std::mem::align_of::<SampleTop>() - 4usize];
+    ["Offset of field: SampleTop::token"][::std::mem::offset_of!(SampleTop, token) - 0usize];
+    ["Offset of field: SampleTop::logit"][::std::mem::offset_of!(SampleTop, logit) - 4usize];
+};
+
+/// Logits in it are raw: before biases, bans, penalties and temperature.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct SampleResult {
+    /// Σ exp(l − largest) in units of 2^−SAMPLE_UNIT_BITS, where an infinite largest logit counts as 1.
+    pub sum: u64,
+    /// enum SampleStatus
+    pub status: u32,
+    pub token: u32,
+    pub value: f32,
+    /// −inf where no logit is a number.
+    pub largest: f32,
+    /// Of `token`; −inf for one outside the vocabulary.
+    pub logit: f32,
+    /// Tokens whose logits are at least that.
+    pub rank: u32,
+    /// The most likely tokens, best first, the lower id first on a tie.
+    pub top: [SampleTop; 32usize],
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SampleResult"][::std::mem::size_of::<SampleResult>() - 288usize];
+    ["Alignment of SampleResult"][::std::mem::align_of::<SampleResult>() - 8usize];
+    ["Offset of field: SampleResult::sum"][::std::mem::offset_of!(SampleResult, sum) - 0usize];
+    ["Offset of field: SampleResult::status"][::std::mem::offset_of!(SampleResult, status) - 8usize];
+    ["Offset of field: SampleResult::token"][::std::mem::offset_of!(SampleResult, token) - 12usize];
+    ["Offset of field: SampleResult::value"][::std::mem::offset_of!(SampleResult, value) - 16usize];
+    ["Offset of field: SampleResult::largest"][::std::mem::offset_of!(SampleResult, largest) - 20usize];
+    ["Offset of field: SampleResult::logit"][::std::mem::offset_of!(SampleResult, logit) - 24usize];
+    ["Offset of field: SampleResult::rank"][::std::mem::offset_of!(SampleResult, rank) - 28usize];
+    ["Offset of field: SampleResult::top"][::std::mem::offset_of!(SampleResult, top) - 32usize];
+};
+
+/// `sample`: a thread block for each draw.
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct SampleParams {
+    /// [rows][stride], vocabulary used.
+    pub logits: u64,
+    /// [draws]
+    pub draws: u64,
+    pub entries: u64,
+    /// [draws][vocabulary]: changed logits, then weights.
+    pub scratch: u64,
+    /// [draws]
+    pub results: u64,
+    pub vocabulary: u32,
+    pub stride: u32,
+}
+
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SampleParams"][::std::mem::size_of::<SampleParams>() - 48usize];
+    ["Alignment of SampleParams"][::std::mem::align_of::<SampleParams>() - 8usize];
+    ["Offset of field: SampleParams::logits"][::std::mem::offset_of!(SampleParams, logits) - 0usize];
+    ["Offset of field: SampleParams::draws"][::std::mem::offset_of!(SampleParams, draws) - 8usize];
+    ["Offset of field: SampleParams::entries"][::std::mem::offset_of!(SampleParams, entries) - 16usize];
+    ["Offset of field: SampleParams::scratch"][::std::mem::offset_of!(SampleParams, scratch) - 24usize];
+    ["Offset of field: SampleParams::results"][::std::mem::offset_of!(SampleParams, results) - 32usize];
+    ["Offset of field: SampleParams::vocabulary"][::std::mem::offset_of!(SampleParams, vocabulary) - 40usize];
+    ["Offset of field: SampleParams::stride"][::std::mem::offset_of!(SampleParams, stride) - 44usize];
 };

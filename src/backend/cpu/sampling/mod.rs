@@ -47,7 +47,7 @@ pub(super) fn sample(logits: &Buffer, draws: &[Draw<'_>], drawn: &mut Vec<Drawn>
 }
 
 /// One draw from its row `[vocabulary]`.
-fn sample_row(logits: &[f32], draw: &Draw<'_>) -> Drawn {
+pub(in crate::backend) fn sample_row(logits: &[f32], draw: &Draw<'_>) -> Drawn {
     let token = match draw.token {
         TokenSource::Given(token) => Ok(token),
         TokenSource::Sampler { sampler, position, banned } => {
