@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use loramux::backend::cpu::Cpu;
+use loramux::backend::{Backend, BackendError, PAGE};
 use loramux::engine::request::{Completion, FinishReason, Request, TokenLogprobs};
 use loramux::engine::{Engine, EngineOptions};
 use loramux::model::Base;
@@ -53,17 +55,25 @@ impl Traffic {
 
     /// An engine with every adapter resident.
     pub fn engine(&self, room: Room) -> Engine {
+        self.engine_on(room, || Cpu::new(Some(2)))
+    }
+
+    /// The same on a backend of the caller's making.
+    pub fn engine_on<B: Backend>(
+        &self,
+        room: Room,
+        open: impl FnOnce() -> Result<B, BackendError> + Send + 'static,
+    ) -> Engine {
         let config = &self.base.config;
-        let page_bytes = config.num_layers * 2 * config.num_kv_heads * config.head_dim * 16 * 4;
+        let elements = config.num_layers * 2 * config.num_kv_heads * config.head_dim * PAGE;
         let options = EngineOptions {
-            threads: Some(2),
             max_num_seqs: room.sequences,
             max_num_batched_tokens: room.rows,
             max_model_len: Some(CONTEXT),
-            kv_cache_bytes: Some(room.pages * page_bytes),
+            kv_cache_bytes: Some(room.pages * elements * B::CACHE_ELEMENT_BYTES),
             ..EngineOptions::default()
         };
-        let engine = Engine::start(Arc::clone(&self.base), options).unwrap();
+        let engine = Engine::start_on(Arc::clone(&self.base), options, open).unwrap();
         for name in &self.adapters {
             engine.load_adapter(name, &self.case.adapter_folder(name)).unwrap();
         }

@@ -82,7 +82,7 @@ pub fn on_cpu(rows: &Rows, draws: &[Draw<'_>]) -> Vec<Drawn> {
     let count = draws.iter().map(|draw| draw.row + 1).max().unwrap_or(0);
     let mut logits = cpu.buffer(count, rows.vocabulary).expect("memory");
     let values: Vec<f32> = (0..count).flat_map(|row| rows.row(row)).copied().collect();
-    cpu.write(&mut logits, &values);
+    logits.write(&values);
     let mut drawn = Vec::new();
     cpu.sample(&logits, draws, &mut drawn).expect("the CPU samples");
     drawn

@@ -27,6 +27,7 @@ use super::attention::{AttentionInputs, AttentionKernels};
 use super::elementwise::{BlockPages, ElementwiseKernels, EmbeddingTable, HeadNormWeights, Rotary};
 use super::experts::ExpertMemory;
 use super::lora::{ChunkArena, Epilogue, FrozenLayer, LoraKernels, LowRank, Seated, Site, SiteGroup};
+use super::sample::SampleKernels;
 use super::{CudaError, Device, DeviceBuffer, Graph, Matrix, Stream};
 use crate::backend::sampling::{Draw, Drawn};
 use crate::backend::{
@@ -64,6 +65,7 @@ pub struct Cuda {
     lora: LoraKernels,
     elementwise: ElementwiseKernels,
     attention: AttentionKernels,
+    sample: SampleKernels,
     memory: MemoryOptions,
     groups: Vec<SiteGroup>,
     /// Weights that an expert puts in the place of a frozen one, by expert and group.
@@ -109,6 +111,7 @@ impl Cuda {
             lora: LoraKernels::new(device)?,
             elementwise: ElementwiseKernels::new(device)?,
             attention: AttentionKernels::new(device)?,
+            sample: SampleKernels::new(device)?,
             memory,
             groups: Vec::new(),
             experts: ExpertMemory::new(device, memory.seats)?,
@@ -218,9 +221,7 @@ impl Cuda {
         y: &Buffer,
     ) -> Result<(), CudaError> {
         let (steps, group) = (self.steps()?, &self.groups[index]);
-        let step = steps.products();
-        self.lora.shrink_gate(&self.stream, group, x.matrix()?, &step)?;
-        self.lora.product(&self.stream, group, x.matrix()?, y.outputs(0), epilogue, &step)?;
+        self.lora.linear(&self.stream, group, x.matrix()?, y.outputs(0), epilogue, &steps.products())?;
         for (weight, first, rows) in self.replaced_rows(index, gates) {
             let site = &group.sites()[0];
             let layer = FrozenLayer {
@@ -516,8 +517,9 @@ impl Backend for Cuda {
         draws: &[Draw<'_>],
         drawn: &mut Vec<Drawn>,
     ) -> Result<(), BackendError> {
-        let _ = (logits, draws, drawn);
-        unreachable!("until the kernel is merged")
+        let Self { stream, sample, steps, .. } = self;
+        let steps = steps.as_mut().ok_or_else(|| CudaError::Shape("draws of no step".to_owned()))?;
+        Ok(steps.draws.sample(stream, sample, logits.logits()?, logits.stride, draws, drawn)?)
     }
 
     fn read<'a>(&'a mut self, x: &'a Buffer, rows: usize) -> Result<&'a [f32], BackendError> {

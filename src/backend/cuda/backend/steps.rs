@@ -4,6 +4,7 @@ use super::super::attention::{AttentionLimits, AttentionStep, AttentionWork};
 use super::super::elementwise::{RowCount, StepLimits as RowLimits, StepRows};
 use super::super::lora::{ChunkLists, LoraKernels, Scratch, Seated, SiteGroup, Step, WorkList};
 use super::super::params::ROW_TILE;
+use super::super::sample::SampleWork;
 use super::super::{CudaError, DeviceBuffer, Stream};
 use super::Buffer;
 use crate::backend::{Gates, Rows, StepLimits};
@@ -21,6 +22,7 @@ pub(super) struct Steps {
     attention: AttentionWork,
     lists: ChunkLists,
     scratch: Scratch,
+    pub draws: SampleWork,
     /// `gate | up` of layers that have both in one; without rows where there are none.
     pub gate_up: Buffer,
     /// The numbers 0, 1, 2, …: how many rows a launch has that the host counts.
@@ -80,6 +82,7 @@ impl Steps {
             attention: AttentionWork::new(stream, limits.attention, of_attention)?,
             lists: ChunkLists::new(stream, &groups)?,
             scratch: Scratch::new(stream, &groups)?,
+            draws: SampleWork::new(device, picked, limits.vocabulary)?,
             gate_up: Buffer::half(stream, gate_up_rows, 2 * limits.gated_width)?,
             counts: DeviceBuffer::new(device, counts.len(), "numbers of rows")?,
             current: Current::All { rows: 0, bound: 0, graph: false },
