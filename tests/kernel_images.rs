@@ -31,13 +31,15 @@ const LOAD: &str = "LDG.E.128";
 const STORE: &str = "STG.E.128";
 /// An addition in shared memory, by hardware: no loop of compare and exchange.
 const ADD_SHARED: &str = "ATOMS.ADD";
+/// What other thread blocks have written is visible from here on: a plain load would not say so.
+const ACQUIRE: &str = "LDG.E.STRONG.GPU";
 
 /// By the name of the kernel or of a family of them: what its code must contain.
 const REQUIRED: [(&str, &[&str]); 11] = [
     ("attention_", &[MMA, LOAD_MATRIX, LOAD_TRANSPOSED, COPY_ASYNC, EXP2]),
     ("chunk_lists", &[]),
     ("embed", &[LOAD, STORE]),
-    ("gemm_decode_", &[MMA, LOAD_MATRIX, COPY_ASYNC]),
+    ("gemm_decode_", &[MMA, LOAD_MATRIX, COPY_ASYNC, ACQUIRE]),
     ("gemm_rank_ext", &[MMA, LOAD_MATRIX, COPY_ASYNC]),
     ("pick_rows", &[LOAD, STORE]),
     ("rms_norm", &[LOAD, STORE]),

@@ -194,7 +194,7 @@ impl Batch {
 /// Which launches are timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// All that a step launches: `shrink_gate`, where there are adapters, and the product.
+    /// All that a step launches: where there are adapters, `linear`, else the product.
     Whole,
     Shrink,
     Product,

@@ -1,4 +1,4 @@
-//! Bytes and floating-point operations of a case: the least that a pair of launches has to do.
+//! Bytes and floating-point operations of a case: the least that its launches have to do.
 
 use std::iter::Sum;
 use std::ops::Add;
@@ -15,7 +15,7 @@ pub struct Counts {
     /// Chunks of A and of B that the batch uses.
     pub a: u64,
     pub b: u64,
-    /// What lies between the two launches, written by one and read by the other.
+    /// What lies between the two steps of a product, written by one and read by the other.
     pub v: u64,
     /// Outputs, and residuals where they are added.
     pub y: u64,

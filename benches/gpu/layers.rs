@@ -181,7 +181,7 @@ impl Layers {
         self.set_batch(case)?;
         for layer in &self.layers {
             for at in 0..self.groups.len() {
-                self.launch(layer, at, case.batch.rows, true, true)?;
+                self.launch(layer, at, case.batch.rows, Part::Whole)?;
             }
             let outputs = layer.activations.last().expect("outputs follow the inputs");
             let mut values = vec![bf16::ZERO; outputs.len()];
@@ -201,11 +201,14 @@ impl Layers {
     /// A graph of the case's launches, and how many times it does what the case is.
     pub fn capture(&self, case: &Case) -> Result<(Graph, usize), CudaError> {
         let rounds = rounds(case.batch.rows);
-        let shrink = case.part != Part::Product && case.mix != Mix::None;
+        let launches = match case.part {
+            Part::Whole if case.mix == Mix::None => Part::Product,
+            part => part,
+        };
         let graph = self.stream.capture(|| {
             for layer in (0..rounds).flat_map(|_| &self.layers) {
                 for at in case.group_range.clone() {
-                    self.launch(layer, at, case.batch.rows, shrink, case.part != Part::Shrink)?;
+                    self.launch(layer, at, case.batch.rows, launches)?;
                 }
             }
             Ok(())
@@ -242,14 +245,7 @@ impl Layers {
     }
 
     /// Queues the launches of one group.
-    fn launch(
-        &self,
-        layer: &Layer,
-        at: usize,
-        rows: usize,
-        shrink: bool,
-        product: bool,
-    ) -> Result<(), CudaError> {
+    fn launch(&self, layer: &Layer, at: usize, rows: usize, launches: Part) -> Result<(), CudaError> {
         let group = &self.groups[at];
         let step = Step { work: &self.work, row_bound: rows, scratch: &self.scratch, overlap: true };
         // A group reads the first columns of what the one before it has left: q in place of the attention's output.
@@ -264,13 +260,12 @@ impl Layers {
             super::cases::Output::AddResidual => Epilogue::AddResidual(residual),
             super::cases::Output::SwiGlu => Epilogue::SwiGlu,
         };
-        if shrink {
-            self.kernels.shrink_gate(&self.stream, &layer.groups[at], x, &step)?;
+        let (kernels, stream, group) = (&self.kernels, &self.stream, &layer.groups[at]);
+        match launches {
+            Part::Whole => kernels.linear(stream, group, x, y, epilogue, &step),
+            Part::Shrink => kernels.shrink_gate(stream, group, x, &step),
+            Part::Product => kernels.product(stream, group, x, y, epilogue, &step),
         }
-        if product {
-            self.kernels.product(&self.stream, &layer.groups[at], x, y, epilogue, &step)?;
-        }
-        Ok(())
     }
 }
 

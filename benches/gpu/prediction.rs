@@ -77,16 +77,19 @@ pub fn predict(case: &Case) -> Prediction {
             let memory = Counts::of(&case).bytes() as f64 / MEMORY;
             match part {
                 Part::Shrink => shrink(group, &case.batch, memory),
-                _ if case.batch.rows <= DECODE_ROWS => decode(group, &case.batch, memory),
-                _ => gemm(group, &case.batch, memory),
+                Part::Whole => decode(group, &case.batch, memory, true),
+                Part::Product if case.batch.rows <= DECODE_ROWS => decode(group, &case.batch, memory, false),
+                Part::Product => gemm(group, &case.batch, memory),
             }
         };
-        if case.part != Part::Product && case.mix != Mix::None {
-            sum = sum.then(of_part(Part::Shrink));
-        }
-        if case.part != Part::Shrink {
-            sum = sum.then(of_part(Part::Product));
-        }
+        let adapters = case.mix != Mix::None;
+        sum = sum.then(match case.part {
+            Part::Whole if adapters && case.batch.rows <= DECODE_ROWS => of_part(Part::Whole),
+            Part::Whole if adapters => of_part(Part::Shrink).then(of_part(Part::Product)),
+            Part::Shrink if !adapters => continue,
+            Part::Whole => of_part(Part::Product),
+            part => of_part(part),
+        });
     }
     sum
 }
@@ -146,7 +149,9 @@ fn gemm(group: &Group, batch: &Batch, memory: f64) -> Prediction {
     Prediction::slowest(&products, partials as f64 / L2_OF_MULTIPROCESSOR)
 }
 
-fn decode(group: &Group, batch: &Batch, memory: f64) -> Prediction {
+/// A decode product; `with_v`: it computes V too. Units of V take multiprocessors' time at L2 and, before rank blocks can
+/// begin, their own latency; what memory moves meanwhile is weights.
+fn decode(group: &Group, batch: &Batch, memory: f64, with_v: bool) -> Prediction {
     let rows = [16, 32, DECODE_ROWS].into_iter().find(|&rows| batch.rows <= rows).expect("few rows");
     let blocks = column_tiles(group, GEMM_DECODE_COLUMNS) * group.slices();
     let slice_steps =
@@ -156,28 +161,55 @@ fn decode(group: &Group, batch: &Batch, memory: f64) -> Prediction {
     let load = per_multiprocessor * bytes_of_block / L2_OF_MULTIPROCESSOR;
     let multiply = blocks as f64 * slice_steps * (2 * rows * GEMM_DECODE_COLUMNS * RANK_CHUNK) as f64
         / (DECODE_SHARE * PEAK);
-    Prediction::slowest(&[(memory, "memory"), (load, "L2"), (multiply, "tensor cores")], 2.0 * FILL)
+    let v = if with_v { Units::of(group, batch) } else { Units::default() };
+    let limits = [
+        (memory, "memory"),
+        (load + v.load(), "L2"),
+        (multiply, "tensor cores"),
+        (v.latency + v.load(), "latency"),
+    ];
+    Prediction::slowest(&limits, 2.0 * FILL)
 }
 
 fn shrink(group: &Group, batch: &Batch, memory: f64) -> Prediction {
-    let few = ShrinkKernel::for_rows(batch.rows) == ShrinkKernel::Rows16;
-    let slices = if few { shrink_slices(group.in_features) } else { 1 };
-    // One stage of the ring is being multiplied, the others are under way.
-    let (rows, chunks, in_flight) = if few {
-        (SHRINK_GATE_16_ROWS, SHRINK_GATE_16_CHUNKS, SHRINK_GATE_16_SHARED_BYTES * 5 / 6)
-    } else {
-        (SHRINK_GATE_64_ROWS, SHRINK_GATE_64_CHUNKS, SHRINK_GATE_64_SHARED_BYTES * 3 / 4)
-    };
-    // Blocks of rows and chunks that are multiplied: those of which a row uses a chunk.
-    let sites = group.widths.len();
-    let units: usize =
-        batch.tiles(rows).into_iter().map(|adapters| (batch.chunks(adapters) * sites).div_ceil(chunks)).sum();
-    let units = units * slices;
-    let ranks = chunks * RANK_CHUNK;
-    let bytes = ((rows + ranks) * group.in_features * 2) as f64 / slices as f64;
-    let alone = bytes / (in_flight as f64 / LATENCY).min(L2_OF_MULTIPROCESSOR);
-    let shared_l2 = units.div_ceil(MULTIPROCESSORS) as f64 * bytes / L2_OF_MULTIPROCESSOR;
-    Prediction::slowest(&[(memory, "memory"), (alone, "latency"), (shared_l2, "L2")], 2.0 * FILL)
+    let units = Units::of(group, batch);
+    let limits = [(memory, "memory"), (units.latency, "latency"), (units.load(), "L2")];
+    Prediction::slowest(&limits, 2.0 * FILL)
+}
+
+/// Blocks of rows and chunks of V, in slices of K, that are multiplied: those of which a row uses a chunk.
+#[derive(Default)]
+struct Units {
+    count: usize,
+    /// Of each.
+    bytes: f64,
+    /// Seconds of one alone.
+    latency: f64,
+}
+
+impl Units {
+    fn of(group: &Group, batch: &Batch) -> Self {
+        let few = ShrinkKernel::for_rows(batch.rows) == ShrinkKernel::Rows16;
+        let slices = if few { shrink_slices(group.in_features) } else { 1 };
+        // One stage of the ring is being multiplied, the others are under way.
+        let (rows, chunks, in_flight) = if few {
+            (SHRINK_GATE_16_ROWS, SHRINK_GATE_16_CHUNKS, SHRINK_GATE_16_SHARED_BYTES * 5 / 6)
+        } else {
+            (SHRINK_GATE_64_ROWS, SHRINK_GATE_64_CHUNKS, SHRINK_GATE_64_SHARED_BYTES * 3 / 4)
+        };
+        let sites = group.widths.len();
+        let of_tile = |adapters| (batch.chunks(adapters) * sites).div_ceil(chunks);
+        let count = batch.tiles(rows).into_iter().map(of_tile).sum::<usize>() * slices;
+        let ranks = chunks * RANK_CHUNK;
+        let bytes = ((rows + ranks) * group.in_features * 2) as f64 / slices as f64;
+        let latency = bytes / (in_flight as f64 / LATENCY).min(L2_OF_MULTIPROCESSOR);
+        Self { count, bytes, latency }
+    }
+
+    /// Seconds in which multiprocessors take them from L2.
+    fn load(&self) -> f64 {
+        self.count.div_ceil(MULTIPROCESSORS) as f64 * self.bytes / L2_OF_MULTIPROCESSOR
+    }
 }
 
 /// The table of all predictions of a full run, in Markdown.
@@ -188,7 +220,8 @@ pub fn to_markdown() -> String {
          operations of each case, and its time on an {DEVICE} by the model below. Measured results stand in `results/`.\n\n\
          - *Floor*: the larger of bytes over {:.1} TB/s and operations over {:.0} TFLOP/s. *Share*: floor over prediction.\n\
          - *Over none*: prediction over that of the same product without adapters and without `shrink_gate`.\n\
-         - *Limit*: what decides the longer of the two launches.\n\n## The model\n\n",
+         - *Whole*: of up to 64 rows, V is computed in the product's own launch; of more, the sum of two launches.\n\
+         - *Limit*: what decides the one launch, or the longer of the two.\n\n## The model\n\n",
         MEMORY / 1e12,
         PEAK / 1e12
     );
@@ -203,7 +236,7 @@ pub fn to_markdown() -> String {
     targets.dedup();
     for target in targets {
         writeln!(text, "\n## {}, {target}\n", Set::Full.shapes().name).expect("writing to a string");
-        text += "| rows | adapters | n | MB | GFLOP | floor µs | shrink µs | product µs | sum µs | share | over none | limit |\n\
+        text += "| rows | adapters | n | MB | GFLOP | floor µs | shrink µs | product µs | whole µs | share | over none | limit |\n\
                  |--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|\n";
         let mut base = 0.0;
         let shown = |case: &&Case| case.target == target && case.batch.ranks != Ranks::Equal(8);

@@ -33,9 +33,11 @@ impl Event {
         Ok(Self { device: Arc::clone(device), handle })
     }
 
-    /// Blocks until the event is reached.
+    /// Blocks until the event is reached; where it is, only asks.
     pub fn synchronize(&self) -> Result<(), CudaError> {
-        self.device.bind()?;
+        if self.is_reached()? {
+            return Ok(());
+        }
         // SAFETY: the handle is alive.
         check(unsafe { sys::cuEventSynchronize(self.handle) }, || "waiting for an event".to_owned())
     }

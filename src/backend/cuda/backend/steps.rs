@@ -102,7 +102,7 @@ impl Steps {
         moves: u64,
         expert: impl Fn(u32) -> Option<Seated>,
     ) -> Result<(), CudaError> {
-        self.rows.set(stream, rows, &[])?;
+        self.rows.set_rows(stream, rows)?;
         self.attention.set(stream, rows)?;
         // Most steps of a decoding have the experts of the step before.
         if self.listed != Some(moves) || self.gates != rows.gates {

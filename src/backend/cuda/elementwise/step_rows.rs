@@ -39,15 +39,18 @@ pub struct StepLimits {
 #[derive(Debug)]
 pub struct StepRows {
     limits: StepLimits,
-    /// `[2]`: rows, picked rows.
-    counts: Staged<u32>,
+    /// `[1]`
+    count: Staged<u32>,
     tokens: Staged<u32>,
     rows: Staged<StepRow>,
     sequences: Staged<StepSequence>,
     pages: Staged<u32>,
+    /// `[1]`
+    picked_count: Staged<u32>,
     picked: Staged<u32>,
-    /// Behind the copies of the last step.
+    /// Behind the copies of the last step, and behind those of the rows picked last.
     copied: Event,
+    picked_copied: Event,
 }
 
 impl StepRows {
@@ -60,13 +63,15 @@ impl StepRows {
             return Err(CudaError::Shape(format!("{} pages of a cache: too many", limits.cache_pages)));
         }
         Ok(Self {
-            counts: Staged::new(device, 2, "counts of a step")?,
+            count: Staged::new(device, 1, "the rows of a step")?,
             tokens: Staged::new(device, limits.rows, "tokens of a step")?,
             rows: Staged::new(device, limits.rows, "rows of a step")?,
             sequences: Staged::new(device, limits.sequences, "sequences of a step")?,
             pages: Staged::new(device, limits.pages, "pages of a step")?,
+            picked_count: Staged::new(device, 1, "the picked rows of a step")?,
             picked: Staged::new(device, limits.picked, "picked rows of a step")?,
             copied: device.event()?,
+            picked_copied: device.event()?,
             limits,
         })
     }
@@ -79,12 +84,17 @@ impl StepRows {
     /// [`CudaError::Shape`] for a step outside the limits; the step before is then still in place.
     pub fn set(&mut self, stream: &Stream, rows: &Rows, picked: &[u32]) -> Result<(), CudaError> {
         self.check(rows, picked)?;
+        self.set_rows(stream, rows)?;
+        self.set_picked(stream, picked)
+    }
+
+    /// [`set`](Self::set) without the rows that the step goes on with: [`set_picked`](Self::set_picked) follows.
+    pub fn set_rows(&mut self, stream: &Stream, rows: &Rows) -> Result<(), CudaError> {
+        self.check(rows, &[])?;
         self.copied.synchronize()?;
-        self.counts.host[0] = rows.len() as u32;
-        self.counts.host[1] = picked.len() as u32;
+        self.count.host[0] = rows.len() as u32;
         self.tokens.host[..rows.len()].copy_from_slice(&rows.tokens);
         self.pages.host[..rows.pages.len()].copy_from_slice(&rows.pages);
-        self.picked.host[..picked.len()].copy_from_slice(picked);
         for (index, sequence) in rows.sequences.iter().enumerate() {
             self.sequences.host[index] = StepSequence {
                 first_row: sequence.rows.start as u32,
@@ -104,12 +114,11 @@ impl StepRows {
         }
         // SAFETY: `self` owns both sides, and writes the host's next after the event behind the copies.
         unsafe {
-            self.counts.send(stream, 2)?;
+            self.count.send(stream, 1)?;
             self.tokens.send(stream, rows.len())?;
             self.rows.send(stream, rows.len())?;
             self.sequences.send(stream, rows.sequences.len())?;
             self.pages.send(stream, rows.pages.len())?;
-            self.picked.send(stream, picked.len())?;
         }
         stream.record(&self.copied)
     }
@@ -124,16 +133,16 @@ impl StepRows {
         if picked.len() > self.limits.picked {
             return shape(format!("{} picked rows, there is room for {}", picked.len(), self.limits.picked));
         }
-        below("picked row", picked, self.counts.host[0] as usize)?;
-        self.copied.synchronize()?;
-        self.counts.host[1] = picked.len() as u32;
+        below("picked row", picked, self.count.host[0] as usize)?;
+        self.picked_copied.synchronize()?;
+        self.picked_count.host[0] = picked.len() as u32;
         self.picked.host[..picked.len()].copy_from_slice(picked);
         // SAFETY: as in `set`.
         unsafe {
-            self.counts.send(stream, 2)?;
+            self.picked_count.send(stream, 1)?;
             self.picked.send(stream, picked.len())?;
         }
-        stream.record(&self.copied)
+        stream.record(&self.picked_copied)
     }
 
     /// What every step is within.
@@ -143,12 +152,12 @@ impl StepRows {
 
     /// The number of rows, for launches made for up to `bound` of them.
     pub fn row_count(&self, bound: usize, overlap: bool) -> RowCount<'_> {
-        RowCount { count: self.counts.device.slice(..1), bound, overlap }
+        RowCount { count: self.count.device.slice(..), bound, overlap }
     }
 
     /// The number of picked rows, for launches made for up to `bound` of them.
     pub fn picked_count(&self, bound: usize, overlap: bool) -> RowCount<'_> {
-        RowCount { count: self.counts.device.slice(1..), bound, overlap }
+        RowCount { count: self.picked_count.device.slice(..), bound, overlap }
     }
 
     /// `[rows]`: token ids.
