@@ -1,4 +1,8 @@
-//! The CUDA backend against transformers + PEFT: every family with every adapter, alone and mixed, in bf16.
+//! Promise 4: the CUDA backend passes the CPU's golden tests. Every family with every adapter, alone and mixed, against
+//! what transformers + PEFT compute; weights and activations are bf16 here.
+//!
+//! Runs on the emulator, or with `LORAMUX_TEST_DEVICE=cuda` on a GPU.
+#![cfg(feature = "cuda")]
 
 mod common;
 #[path = "common/cuda_device.rs"]
@@ -6,10 +10,14 @@ mod cuda_device;
 
 use common::forward::{entries, load, logits};
 use common::{Case, FAMILIES, VARIANTS};
+use loramux::backend::cpu::Cpu;
 use loramux::backend::cuda::{Cuda, MemoryOptions};
 
 /// ‖Δ‖ / ‖wanted‖ of a case's logits: weights and activations are rounded to eight bits here, and to 24 there.
 const TOLERANCE: f64 = 2e-2;
+
+/// The same of three adapters whose gates add up to more than one, and with them what is rounded.
+const OF_MIXTURES: f64 = 3e-2;
 
 const MEMORY: MemoryOptions = MemoryOptions { utilization: 0.9, seats: 32, max_rank: 128, chunks: 64 };
 
@@ -74,10 +82,38 @@ cases! {
 }
 
 #[test]
-fn every_golden_case_is_compared() {
+fn promise_4_both_backends_pass_the_same_cases() {
     let mut all: Vec<_> = FAMILIES.into_iter().chain(VARIANTS).collect();
     all.sort_unstable();
     let mut tested = TESTED.to_vec();
     tested.sort_unstable();
     assert_eq!(tested, all);
+}
+
+/// Weighted sets of adapters, against the CPU.
+#[test]
+fn logits_of_mixtures_match_the_other_backend() {
+    for label in ["llama", "qwen2", "phi3"] {
+        let case = Case::open(label);
+        let (mut cuda, mut cpu) = (cuda(), Cpu::new(Some(2)).unwrap());
+        let on_cuda = load(&case, &mut cuda);
+        let on_cpu = load(&case, &mut cpu);
+        let names = case.adapters();
+        let mixable = (1..names.len() as u32).filter(|&slot| names[slot as usize] != "saved-head");
+        let slots: Vec<u32> = mixable.collect();
+        let prompt = &case.prompts()[1];
+        for (index, slots) in slots.windows(3).enumerate() {
+            let gates: Vec<_> =
+                slots.iter().zip([0.75, -0.5, 1.25]).map(|(&slot, gate)| (slot, gate)).collect();
+            let batch = [(gates.as_slice(), prompt.as_slice())];
+            let got = logits(&mut cuda, &on_cuda, &batch).remove(0);
+            let wanted = logits(&mut cpu, &on_cpu, &batch).remove(0);
+            let error = relative_error(&got, &wanted);
+            assert!(error <= OF_MIXTURES, "{label}, mixture {index}: logits are off by {error}");
+            // A set without its last adapter is far from it: the bound is one that a missing expert would break.
+            let fewer = logits(&mut cuda, &on_cuda, &[(&gates[..2], prompt)]).remove(0);
+            let error = relative_error(&fewer, &wanted);
+            assert!(error > 2.0 * OF_MIXTURES, "{label}, mixture {index}: only {error} without an adapter");
+        }
+    }
 }

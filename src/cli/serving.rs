@@ -10,7 +10,8 @@ use crate::adapter::peft::validate_adapter_name;
 #[cfg(not(feature = "cuda"))]
 use crate::engine::EngineError;
 use crate::engine::{Device, Engine, EngineOptions};
-use crate::model::Base;
+use crate::model::{Base, Checkpoint};
+use crate::tensor::DType;
 
 /// Where a model is to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,6 +178,13 @@ pub(crate) struct ModelArgs {
     pub engine: EngineArgs,
 }
 
+/// What weights are stored in, where some are not as a GPU computes with them.
+fn rounded_from(checkpoint: &Checkpoint) -> Option<DType> {
+    let sites = 0..checkpoint.sites().table.len();
+    let stored = |site| checkpoint.site_weight(site).ok().map(|weight| weight.dtype());
+    sites.filter_map(stored).find(|&dtype| dtype != DType::BF16)
+}
+
 /// An adapter that was asked for and is not there.
 pub(crate) struct FailedAdapter {
     pub name: String,
@@ -194,6 +202,9 @@ impl ModelArgs {
             }
         }
         self.check_names(&base.name)?;
+        if let (Device::Cuda(_), Some(stored)) = (options.device, rounded_from(&base.checkpoint)) {
+            eprintln!("note: {}: weights in {stored} are rounded to BF16 on the GPU", self.model.display());
+        }
         let engine = Engine::start(Arc::new(base), options).map_err(Failure::usage)?;
         let mut failed = Vec::new();
         for module in self.modules() {
