@@ -94,8 +94,8 @@ struct Cutoff {
 // Where a running sum passes a target.
 struct Place {
   uint32_t index;
-  // The target, less the sum before the index.
-  uint64_t left;
+  // The target, less the sum before the index; and what the index adds to the sum.
+  uint64_t left, value;
 };
 
 class Sampling {
@@ -248,13 +248,12 @@ class Sampling {
   template <class KeyOf, class ValueOf, class TargetOf>
   __device__ __forceinline__ void shorten(Cutoff& cutoff, const float* row, KeyOf key_of, ValueOf value_of,
                                           TargetOf target_of) const {
-    uint32_t key = 0, shift = 32, last = 0;
-    Place place = {0, 0};
+    uint32_t key = 0, shift = 32;
+    Place place = {0, 0, 0};
 #pragma unroll 1
     for (uint32_t pass = 0; pass < 3; ++pass) {
-      const uint32_t bits = pass < 2 ? bucket_bits : 32 - 2 * bucket_bits;
+      const uint32_t bits = pass < 2 ? bucket_bits : 32 - 2 * bucket_bits, last = (1u << bits) - 1;
       shift -= bits;
-      last = (1u << bits) - 1;
       for (uint32_t i = threadIdx.x; i <= last; i += threads) storage_.low[i] = storage_.high[i] = 0;
       __syncthreads();
       for_tokens(row, [&](uint32_t token, float of_row) {
@@ -271,16 +270,14 @@ class Sampling {
       key |= (last - place.index) << shift;
     }
     // Of the tokens with this key those up to some id belong to the prefix: all of them, if nobody ties for the place.
-    const uint64_t value = value_of(key), before = place.left / value, tied = bucket(key & last);
+    const uint64_t value = value_of(key), before = place.left / value;
     uint32_t id = key == cutoff.key ? cutoff.last : all;
-    if ((before + 1) * value < tied) {
+    if ((before + 1) * value < place.value) {
       const auto target = [&](uint64_t) { return before; };
       const auto ties = [&](uint32_t token) { return uint64_t{key_of(token, row[token]) == key}; };
       id = find(p_.vocabulary, target, ties).index;
     }
     cutoff = {key, id};
-    // All have read the buckets before they are emptied again.
-    __syncthreads();
   }
 
   // The first index at which the running sum of `value_of(index)` passes a target; `length` where it never does.
@@ -291,7 +288,7 @@ class Sampling {
   __device__ __forceinline__ Place find(uint32_t length, TargetOf target_of, ValueOf value_of) const {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t first = 0, rest = length;
-    uint64_t target = 0;
+    uint64_t target = 0, value = 0;
 #pragma unroll 1
     do {
       const uint32_t part = (rest + warps - 1) / warps, end = min((warp + 1) * part, rest);
@@ -313,16 +310,17 @@ class Sampling {
         target = target_of(total);
         if (target >= total) {
           __syncthreads();
-          return {length, target};
+          return {length, target, 0};
         }
       }
       const int chosen = __ffs(__ballot_sync(~0u, up_to > target)) - 1;
       target -= __shfl_sync(~0u, up_to - of_part, chosen);
+      value = __shfl_sync(~0u, of_part, chosen);
       first += chosen * part;
       rest = min(part, rest - chosen * part);
       __syncthreads();
     } while (rest > 1);
-    return {first, target};
+    return {first, target, value};
   }
 
   template <class OrderOf>

@@ -63,6 +63,53 @@ fn the_most_likely_token_has_the_lowest_id_and_log_probabilities_are_of_raw_logi
     });
 }
 
+/// A draw changes from one of two tokens to the other between two neighbouring logits. Both backends must agree on which
+/// these are: there, nothing less than equal weights gives equal tokens.
+#[test]
+fn draws_change_at_the_same_logit() {
+    let random = &mut Random(7);
+    let (mut rows, mut samplers) = (Vec::new(), Vec::new());
+    for seed in 0..60 {
+        let temperature = 0.3 + random.number().abs();
+        let params = SamplingParams { temperature, ..SamplingParams::default() };
+        let sampler = Sampler::new(&params, &[], seed, 0, 0);
+        let largest = random.number();
+        let second = |logit: f32| {
+            let rows = Rows::new(&[vec![largest, logit]], 0);
+            let token = TokenSource::Sampler { sampler: &sampler, position: 0, banned: &[] };
+            on_cpu(&rows, &[Draw { row: 0, token, logprobs: None }])[0].token == Ok(1)
+        };
+        // The second token's weight is less than the first's: it is drawn above a random fraction of more than a half.
+        let (mut low, mut high) = (largest - 20.0, largest);
+        if !second(high) {
+            continue;
+        }
+        while low.next_up() < high {
+            let middle = low + (high - low) / 2.0;
+            *(if second(middle) { &mut high } else { &mut low }) = middle;
+        }
+        let mut logit = high;
+        (0..4).for_each(|_| logit = logit.next_down());
+        for _ in 0..8 {
+            rows.push(vec![largest, logit]);
+            samplers.push(sampler.clone());
+            logit = logit.next_up();
+        }
+    }
+    let mut draws = next_tokens(&samplers, &[], 0);
+    for draw in &mut draws {
+        let TokenSource::Sampler { sampler, banned, .. } = draw.token else { unreachable!("as made") };
+        draw.token = TokenSource::Sampler { sampler, position: 0, banned };
+        draw.logprobs = None;
+    }
+    let rows = Rows::new(&rows, 0);
+    let wanted = on_cpu(&rows, &draws);
+    assert!(draws.len() > 100, "{} draws", draws.len());
+    let on = OnDevice::new();
+    let drawn = on.sample(&mut on.work(&rows, draws.len(), 0), &rows, &draws).expect("draws");
+    assert_same(&drawn, &wanted, |index| format!("{:?}", rows.row(index)));
+}
+
 /// The largest sum there is, and a tie of everything.
 #[test]
 fn a_flat_row_is_cut_in_order_of_id() {

@@ -8,7 +8,8 @@
 //!
 //! Counted, and predicted for an H100 SXM, which runs the blocks of up to 132 draws side by side. Of a vocabulary of
 //! 131072, one multiprocessor reads a row from L2 at about 50 bytes a clock: 6 µs a pass. The exponential is 45
-//! instructions a token, division and all, of which it issues 4 · 32 a clock: 25 µs.
+//! instructions a token, division and all, of which it issues 4 · 32 a clock: 25 µs. Additions that meet in one bucket
+//! of a selection are not counted.
 //!
 //! | draw | passes | exponentials | predicted |
 //! |---|---|---|---|

@@ -6,8 +6,8 @@
 //! prefix of that order. A draw takes the first token, in order of id, at which the sum of the kept weights passes a
 //! random fraction of the whole.
 //!
-//! All backends choose the same token from the same logits: sums are of whole numbers ([`UNIT`]) and so have no order,
-//! the exponential is one polynomial, and every other step is a single rounding of IEEE 754.
+//! All backends choose the same token from the same logits: sums are of whole numbers, in units of 2⁻⁴⁰, and so have no
+//! order, the exponential is one polynomial, and every other step is a single rounding of IEEE 754.
 //!
 //! The number behind a draw comes from a counter-based generator ([`Philox`]) keyed by the request's seed with the
 //! choice and the token's position as its counter. It has no state, so neighbours, batching and preemption cannot

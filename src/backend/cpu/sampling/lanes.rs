@@ -19,26 +19,34 @@ pub(super) fn largest(values: &[f32]) -> f32 {
     lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |most, &value| if value > most { value } else { most })
 }
 
-/// The sum of the weights of all values, each in [0, 1] and rounded to a whole number of [`UNIT`]ths.
+/// From here to its double, numbers of f64 are [`UNIT`]ths apart: adding it rounds a weight to a whole number of them, to
+/// the nearest, ties to even, and leaves that number in the low bits. Every instruction set has this for vectors; not
+/// every one has the conversion.
+const ROUND: f64 = (1u64 << (f64::MANTISSA_DIGITS - 1)) as f64 / UNIT as f64;
+
+/// A weight in [0, 1] in units of 1 / [`UNIT`].
+pub(super) fn units(weight: f32) -> u64 {
+    rounded_bits(weight) - ROUND.to_bits()
+}
+
+#[inline(always)]
+fn rounded_bits(weight: f32) -> u64 {
+    (f64::from(weight) + ROUND).to_bits()
+}
+
+/// The sum of the weights of all values in units of 1 / [`UNIT`], each in [0, 1] and rounded by itself.
 pub(super) fn sum(values: &[f32], weight_of: impl Fn(f32) -> f32) -> u64 {
     let (chunks, rest) = values.as_chunks::<LANES>();
     let mut lanes = [0u64; LANES];
+    // Modulo 2⁶⁴, in which the sum, of at most 2²⁴ weights, is exact whatever is added on the way.
     for chunk in chunks {
         for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            // No sum of 2^24 weights overflows; a check of each would keep them out of vectors.
-            *lane = lane.wrapping_add(units(weight_of(value)));
+            *lane = lane.wrapping_add(rounded_bits(weight_of(value)));
         }
     }
-    lanes.iter().sum::<u64>() + rest.iter().map(|&value| units(weight_of(value))).sum::<u64>()
-}
-
-/// A weight in [0, 1] in units of 1 / [`UNIT`], to the nearest, ties to even.
-#[inline(always)]
-pub(super) fn units(weight: f32) -> u64 {
-    /// From here to its double, numbers of f64 are [`UNIT`]ths apart: adding it rounds, and leaves the result in the
-    /// low bits. Every instruction set has this for vectors; not every one has the conversion.
-    const ROUND: f64 = (1u64 << (f64::MANTISSA_DIGITS - 1)) as f64 / UNIT as f64;
-    (f64::from(weight) + ROUND).to_bits().wrapping_sub(ROUND.to_bits())
+    let of_rest = rest.iter().map(|&value| rounded_bits(weight_of(value)));
+    let sum = lanes.into_iter().chain(of_rest).fold(0, u64::wrapping_add);
+    sum.wrapping_sub(ROUND.to_bits().wrapping_mul(values.len() as u64))
 }
 
 /// `exp(x)` for `x ≤ 0`, within two units in the last place; 0 below −87 and for NaN.
