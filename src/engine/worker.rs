@@ -8,12 +8,12 @@ use std::time::Duration;
 use super::request::{Event, Request};
 use super::scheduler::{Pick, Scheduler, StepLimits};
 use super::sequence::{EndRules, NewSequence, Progress, Sequence};
-use super::{EngineError, EngineOptions, Stats};
-use crate::adapter::{Adapter, AdapterStore};
+use super::{EngineError, EngineOptions, LaidOut, Stats};
+use crate::adapter::AdapterStore;
 use crate::backend::sampling::{Draw, Drawn};
 use crate::backend::{Backend, BackendError, PAGE, Rows};
 use crate::mixture::Mixture;
-use crate::model::{Base, Transformer, Workspace, WorkspaceSize};
+use crate::model::{AdapterLoader, Base, Transformer, Workspace, WorkspaceSize};
 
 /// How long to wait when nothing can run before an adapter has been copied.
 const WAIT_FOR_EXPERTS: Duration = Duration::from_micros(50);
@@ -100,16 +100,16 @@ impl<B: Backend> Worker<B> {
         self.rules.max_model_len
     }
 
+    /// What lays adapters out for this worker.
+    pub fn loader(&self, backend: &B) -> Result<AdapterLoader<B>, BackendError> {
+        self.transformer.loader(backend)
+    }
+
     /// Makes an adapter resident under a name.
     ///
     /// # Errors
     /// When the name is taken or the backend has no room.
-    pub fn load_adapter(
-        &mut self,
-        backend: &mut B,
-        name: &str,
-        adapter: &Adapter,
-    ) -> Result<(), EngineError> {
+    pub fn load_adapter(&mut self, backend: &mut B, name: &str, adapter: LaidOut) -> Result<(), EngineError> {
         if self.adapters.len() >= self.max_adapters {
             return Err(EngineError::Option {
                 option: "max-cpu-loras",
@@ -117,8 +117,9 @@ impl<B: Backend> Worker<B> {
                 wanted: format!("more, to load `{name}` beside the adapters that are loaded"),
             });
         }
-        let slot = self.adapters.insert(name, adapter.saved_modules.is_empty())?;
-        if let Err(error) = self.transformer.load_adapter(backend, slot, adapter, &self.base.checkpoint) {
+        let expert = adapter.expert.downcast::<B::Expert>().expect("laid out for this engine's backend");
+        let slot = self.adapters.insert(name, adapter.mixable)?;
+        if let Err(error) = self.transformer.insert_adapter(backend, slot, *expert) {
             self.adapters.remove(name)?;
             return Err(error.into());
         }

@@ -64,7 +64,7 @@ pub mod sample;
 mod stream;
 mod tensor_map;
 
-pub use backend::{Buffer, Cuda, GroupId, KvCache, MemoryOptions, Recorded, Weight};
+pub use backend::{Buffer, Cuda, GroupId, KvCache, Loader, MemoryOptions, Recorded, StagedAdapter, Weight};
 pub use device::{Device, Properties};
 pub use error::{CudaError, LOST_EXIT_CODE, ResultCode};
 pub use event::Event;
