@@ -11,13 +11,10 @@ use loramux::backend::cuda::lora::{
     ChunkArena, ChunkLists, Epilogue, LoraKernels, LowRank, Matrix, Scratch, Site, SiteGroup, Step, WorkList,
 };
 use loramux::backend::cuda::params::{RANK_CHUNK, ROW_TILE};
-use loramux::backend::cuda::{CudaError, Device, DeviceBuffer, Event, Graph, Stream};
-use rayon::prelude::*;
+use loramux::backend::cuda::{CudaError, Device, DeviceBuffer, Graph, Stream};
 
 use super::cases::{Case, Group, Mix, Part, Ranks, Set};
-
-/// Replays that are timed between two waits.
-const REPLAYS: usize = 64;
+use super::device::{Stopwatch, random};
 
 /// Times one batch of rows runs through the layers in a graph: short graphs would time the gaps between them.
 fn rounds(rows: usize) -> usize {
@@ -70,7 +67,7 @@ pub struct Layers {
     scratch: Scratch,
     work: WorkList,
     bounds: Bounds,
-    events: Vec<Event>,
+    stopwatch: Stopwatch,
 }
 
 impl Layers {
@@ -99,7 +96,7 @@ impl Layers {
             lists: ChunkLists::new(&stream, &all)?,
             scratch: Scratch::new(&stream, &all)?,
             work: WorkList::new(&device, bounds.rows, bounds.entries.max(1))?,
-            events: (0..=REPLAYS).map(|_| device.timing_event()).collect::<Result<_, _>>()?,
+            stopwatch: Stopwatch::new(&device)?,
             groups,
             layers,
             bounds,
@@ -116,14 +113,9 @@ impl Layers {
         self.layers.len()
     }
 
-    /// Bytes per second that a copy within the device reads and writes.
-    pub fn copy_bandwidth(&self, bytes: usize) -> Result<f64, CudaError> {
-        let from = DeviceBuffer::new(&self.device, bytes / 2, "a copy")?;
-        let into = DeviceBuffer::new(&self.device, bytes / 2, "a copy")?;
-        self.stream.upload(&random(bytes / 2, 1.0, 1), &from)?;
-        // SAFETY: both buffers outlive the wait in `time`.
-        let mut times = self.time(20, || unsafe { self.stream.copy_async(&from, &into) })?;
-        Ok(2.0 * bytes as f64 / median(&mut times[2..]))
+    /// The stream that everything is timed on.
+    pub fn stream(&self) -> &Stream {
+        &self.stream
     }
 
     /// Fills all slots of all layers with adapters of these ranks.
@@ -219,29 +211,7 @@ impl Layers {
     /// Seconds of each of `replays` replays of a graph of this object's.
     pub fn replay(&self, graph: &Graph, replays: usize) -> Result<Vec<f64>, CudaError> {
         // SAFETY: everything that was captured lives in `self`, longer than the wait in `time`.
-        self.time(replays, || unsafe { graph.launch(&self.stream) })
-    }
-
-    /// Seconds between the ends of neighbouring calls of `work`.
-    fn time(
-        &self,
-        times: usize,
-        mut work: impl FnMut() -> Result<(), CudaError>,
-    ) -> Result<Vec<f64>, CudaError> {
-        let mut seconds = Vec::with_capacity(times);
-        while seconds.len() < times {
-            let count = REPLAYS.min(times - seconds.len());
-            self.stream.record(&self.events[0])?;
-            for event in &self.events[1..=count] {
-                work()?;
-                self.stream.record(event)?;
-            }
-            self.stream.synchronize()?;
-            for pair in self.events[..=count].windows(2) {
-                seconds.push(f64::from(pair[0].elapsed_ms(&pair[1])?) / 1e3);
-            }
-        }
-        Ok(seconds)
+        self.stopwatch.time(&self.stream, replays, || unsafe { graph.launch(&self.stream) })
     }
 
     /// Queues the launches of one group.
@@ -321,28 +291,7 @@ impl Layer {
     }
 }
 
-/// The middle of `values`.
-pub fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 /// Any order of the adapters that is not the one of their slots.
 fn order_of(slot: u32) -> u64 {
     (u64::from(slot) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
-}
-
-/// Uniform numbers in (-scale, scale), the same for the same seed.
-fn random(len: usize, scale: f32, seed: u64) -> Vec<bf16> {
-    let mut values = vec![bf16::ZERO; len];
-    values.par_chunks_mut(1 << 16).enumerate().for_each(|(chunk, values)| {
-        let mut state = (seed << 32 ^ chunk as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        for value in values {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            *value = bf16::from_f32(((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0) * scale);
-        }
-    });
-    values
 }
