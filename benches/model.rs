@@ -13,6 +13,8 @@
 //! ```
 //!
 //! `LORAMUX_BENCH_RECORDS` names a file that gets all numbers as JSON, `LORAMUX_BENCH_MODELS` parts of models' names.
+//! `LORAMUX_BENCH_SET=tiny` tries the bench itself out, on small shapes: without a GPU, in a build with kernels, by the
+//! emulator's `libcuda.so` in `LD_PRELOAD`.
 
 use std::process::ExitCode;
 

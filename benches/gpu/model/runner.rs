@@ -162,11 +162,13 @@ impl Runner {
         let most = |of: fn(&Case) -> usize| cases.iter().map(of).max().unwrap_or(0);
         let sequences = most(|case| case.step.sequences());
         let size = WorkspaceSize { rows: most(|case| case.step.rows()), sequences, logit_rows: sequences };
-        let (wanted, page_bytes) = (most(pages_of), model.cache_bytes() * PAGE);
+        let page_bytes = model.cache_bytes() * PAGE;
         let mut pages = 0;
         let positions = most(|case| case.step.context());
         let bench = Bench::new(&mut backend, &model.config, weights, size, positions, |room| {
-            pages = room.map_or(wanted, |room| wanted.min(room / page_bytes));
+            // As many as the largest case that fits.
+            let fits = |pages: &usize| room.is_none_or(|room| pages * page_bytes <= room);
+            pages = cases.iter().map(pages_of).filter(fits).max().unwrap_or(0);
             pages
         })?;
         let mut runner = Self { set, backend, bench, pages };
