@@ -99,24 +99,15 @@ impl Prediction {
 
     /// Launches of a transformer block.
     pub fn launches_per_block(&self) -> usize {
-        let of_blocks =
-            self.shares.iter().filter(|share| ![Class::Begin, Class::Head].contains(&share.class));
-        of_blocks.map(|share| share.launches).sum::<usize>() / self.blocks
+        launches_of_blocks(&self.shares) / self.blocks
     }
 
     pub fn share(&self, class: Class) -> Option<&Share> {
         self.shares.iter().find(|share| share.class == class)
     }
 
-    /// Adds launches that take so many seconds together.
     fn add(&mut self, class: Class, launches: usize, seconds: f64) {
-        match self.shares.iter_mut().find(|share| share.class == class) {
-            Some(share) => {
-                share.launches += launches;
-                share.seconds += seconds;
-            }
-            None => self.shares.push(Share { class, launches, seconds }),
-        }
+        add_share(&mut self.shares, class, launches, seconds);
     }
 
     fn add_begin(&mut self, model: &Model, case: &Case) {
@@ -157,6 +148,23 @@ impl Prediction {
         let lists = COPIES_OF_HEAD as f64 * COPY + LAUNCH;
         self.add(Class::Head, 5, lists + rows_and_norm + shrink + product + logits);
     }
+}
+
+/// Adds launches that take so many seconds together.
+pub fn add_share(shares: &mut Vec<Share>, class: Class, launches: usize, seconds: f64) {
+    match shares.iter_mut().find(|share| share.class == class) {
+        Some(share) => {
+            share.launches += launches;
+            share.seconds += seconds;
+        }
+        None => shares.push(Share { class, launches, seconds }),
+    }
+}
+
+/// Launches of all blocks together.
+pub fn launches_of_blocks(shares: &[Share]) -> usize {
+    let of_blocks = shares.iter().filter(|share| ![Class::Begin, Class::Head].contains(&share.class));
+    of_blocks.map(|share| share.launches).sum()
 }
 
 /// Seconds of a launch that memory bounds.

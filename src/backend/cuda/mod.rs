@@ -62,6 +62,7 @@ mod memory;
 pub mod params;
 mod stream;
 mod tensor_map;
+mod trace;
 
 pub use backend::{Buffer, Cuda, GroupId, KvCache, MemoryOptions, Recorded, Weight};
 pub use device::{Device, Properties};
@@ -74,3 +75,4 @@ pub use matrix::Matrix;
 pub use memory::{Arena, DeviceBuffer, DeviceSlice, Pinned};
 pub use stream::Stream;
 pub use tensor_map::{Element, Swizzle, TensorMap, TiledTensor};
+pub use trace::TracedLaunch;

@@ -27,7 +27,7 @@ use super::attention::{AttentionInputs, AttentionKernels};
 use super::elementwise::{BlockPages, ElementwiseKernels, EmbeddingTable, HeadNormWeights, Rotary};
 use super::experts::ExpertMemory;
 use super::lora::{ChunkArena, Epilogue, FrozenLayer, LoraKernels, LowRank, Seated, Site, SiteGroup};
-use super::{CudaError, Device, DeviceBuffer, Graph, Matrix, Stream};
+use super::{CudaError, Device, DeviceBuffer, Graph, Matrix, Stream, TracedLaunch};
 use crate::backend::sampling::{Draw, Drawn};
 use crate::backend::{
     AttentionShape, Backend, BackendError, ExpertWeights, FrozenLinear, Gates, HeadNorms, RotaryTables, Rows,
@@ -132,6 +132,20 @@ impl Cuda {
     /// What a kernel has failed with.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.stream.synchronize()
+    }
+
+    /// Runs `work` without graphs and overlap, and says how long each of its launches took: for benches and tools.
+    ///
+    /// # Errors
+    /// Those of `work`, and when the device has no room for 16 MiB.
+    pub fn trace<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T, BackendError>,
+    ) -> Result<(T, Vec<TracedLaunch>), BackendError> {
+        self.stream.start_trace()?;
+        let worked = work(self);
+        let launches = self.stream.finish_trace();
+        Ok((worked?, launches?))
     }
 
     /// An arena for the experts of a site.
@@ -381,7 +395,9 @@ impl Backend for Cuda {
         recorded: &mut Recorded,
         work: impl FnOnce(&mut Self) -> Result<(), BackendError>,
     ) -> Result<(), BackendError> {
-        let Some(rows) = self.steps()?.graph_rows() else { return work(self) };
+        let Some(rows) = self.steps()?.graph_rows().filter(|_| !self.stream.is_traced()) else {
+            return work(self);
+        };
         let state = self.state();
         if recorded.state != state {
             *recorded = Recorded { state, graphs: BTreeMap::new() };
