@@ -42,7 +42,7 @@ const FILL: f64 = 1e-6;
 const WRITE_TILES: f64 = 1e-6;
 
 /// Most rows of a decode product.
-const DECODE_ROWS: usize = 64;
+pub const DECODE_ROWS: usize = 64;
 /// Row tiles that walk along the columns together.
 const BAND: usize = 8;
 

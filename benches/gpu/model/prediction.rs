@@ -1,25 +1,30 @@
 //! What a step should take on an H100 SXM, launch by launch: written down before measuring.
 //!
-//! - Products and shrinks: by the model of the bench `lora` (`predictions.md`). With memory for adapters each product has
-//!   a shrink launch before it, whether adapters are in use or not; without, that launch is there as well and does nothing.
+//! - Products and shrinks: by the model of the bench `lora` (`predictions.md`). Up to 64 rows a product computes V itself;
+//!   for more rows it has a shrink launch before it where there is memory for adapters, whether any are in use or not.
 //! - Norms, rotations, SwiGLU and embeddings move what they read and write at 3.0 TB/s, and cost 2 µs a launch beside it:
 //!   while few rows are decoded, that alone.
 //! - Decode attention reads keys and values at 3.0 TB/s. A thread block goes through 512 keys in eight blocks of 64, 1 µs
 //!   each, two of them on a multiprocessor: one sequence alone waits for that.
 //! - Prefill attention does 300 TFLOP/s, bound by L2 and shared memory.
-//! - A step begins with ten copies of row lists, 1.5 µs each, and a launch for the chunk lists; the end has four copies,
-//!   lists again, the picked rows, a norm and `lm_head`. The host is not waited for: it prepares a step while the one before runs.
+//! - A step begins with eight copies of row lists, 1.5 µs each, and the embeddings; the end has two copies, the picked
+//!   rows, a norm and `lm_head`. Chunk lists are those of the step before while a decoding has the same adapters; where
+//!   only some rows give logits they are built twice, each time after two copies. The host's own work is left out.
 
 use std::fmt::Write as _;
 
 use super::super::cases::{Batch, Case as LoraCase, Group, Mix, Output, Part, Ranks, Set};
-use super::super::prediction::{DEVICE, LAUNCH, MEMORY, MULTIPROCESSORS, PEAK, predict as predict_lora};
+use super::super::prediction::{
+    DECODE_ROWS, DEVICE, LAUNCH, MEMORY, MULTIPROCESSORS, PEAK, predict as predict_lora,
+};
 use super::cases::{Adapters, Case, Model, Step, all_models, cases};
 use super::counts::{Counts, attention_flops};
 
 const COPY: f64 = 1.5e-6;
-const COPIES_OF_STEP: usize = 10;
-const COPIES_OF_HEAD: usize = 4;
+const COPIES_OF_STEP: usize = 8;
+const COPIES_OF_HEAD: usize = 2;
+/// Copies before chunk lists are built.
+const COPIES_OF_LISTS: usize = 2;
 const KEY_BLOCK_SECONDS: f64 = 1e-6;
 const KEYS_OF_BLOCK: usize = 64;
 /// Keys that a thread block goes through while few rows are decoded.
@@ -99,37 +104,31 @@ impl Prediction {
 
     /// Launches of a transformer block.
     pub fn launches_per_block(&self) -> usize {
-        let of_blocks =
-            self.shares.iter().filter(|share| ![Class::Begin, Class::Head].contains(&share.class));
-        of_blocks.map(|share| share.launches).sum::<usize>() / self.blocks
+        launches_of_blocks(&self.shares) / self.blocks
     }
 
     pub fn share(&self, class: Class) -> Option<&Share> {
         self.shares.iter().find(|share| share.class == class)
     }
 
-    /// Adds launches that take so many seconds together.
     fn add(&mut self, class: Class, launches: usize, seconds: f64) {
-        match self.shares.iter_mut().find(|share| share.class == class) {
-            Some(share) => {
-                share.launches += launches;
-                share.seconds += seconds;
-            }
-            None => self.shares.push(Share { class, launches, seconds }),
-        }
+        add_share(&mut self.shares, class, launches, seconds);
     }
 
     fn add_begin(&mut self, model: &Model, case: &Case) {
         let embed = moves(4 * case.step.rows() * model.config.hidden_size);
-        self.add(Class::Begin, 2, COPIES_OF_STEP as f64 * COPY + LAUNCH + embed);
+        let (launches, lists) = lists(case);
+        self.add(Class::Begin, 1 + launches, COPIES_OF_STEP as f64 * COPY + lists + embed);
     }
 
     fn add_blocks(&mut self, model: &Model, case: &Case) {
         let (config, rows, blocks) = (&model.config, case.step.rows(), self.blocks);
         let mut each = |class, seconds: f64| self.add(class, blocks, blocks as f64 * seconds);
         for group in model.groups() {
-            let [shrink, product] = seconds_of_group(&group, &case.batch());
-            each(Class::Shrink, shrink);
+            let Seconds { shrink, product } = seconds_of_group(&group, &case.batch());
+            if let Some(shrink) = shrink {
+                each(Class::Shrink, shrink);
+            }
             each(Class::Product, product);
             if group.name == "gate_up" && group.output != Output::SwiGlu {
                 each(Class::SwiGlu, moves(6 * rows * config.intermediate_size));
@@ -150,12 +149,40 @@ impl Prediction {
     fn add_head(&mut self, model: &Model, case: &Case) {
         let rows = case.step.sequences();
         let batch = Batch { rows, segments: Vec::new(), ranks: Ranks::Equal(0) };
-        let [shrink, product] = seconds_of_group(&model.lm_head(), &batch);
+        let Seconds { shrink, product } = seconds_of_group(&model.lm_head(), &batch);
         // Logits are fp32: two bytes more than the outputs of other products.
         let logits = (2 * rows * model.config.vocab_size) as f64 / MEMORY;
         let rows_and_norm = 2.0 * moves(4 * rows * model.config.hidden_size);
-        let lists = COPIES_OF_HEAD as f64 * COPY + LAUNCH;
-        self.add(Class::Head, 5, lists + rows_and_norm + shrink + product + logits);
+        let (of_lists, lists) = lists(case);
+        let copies = COPIES_OF_HEAD as f64 * COPY + lists;
+        let launches = 3 + of_lists + usize::from(shrink.is_some());
+        let products = shrink.unwrap_or(0.0) + product + logits;
+        self.add(Class::Head, launches, copies + rows_and_norm + products);
+    }
+}
+
+/// Adds launches that take so many seconds together.
+pub fn add_share(shares: &mut Vec<Share>, class: Class, launches: usize, seconds: f64) {
+    match shares.iter_mut().find(|share| share.class == class) {
+        Some(share) => {
+            share.launches += launches;
+            share.seconds += seconds;
+        }
+        None => shares.push(Share { class, launches, seconds }),
+    }
+}
+
+/// Launches of all blocks together.
+pub fn launches_of_blocks(shares: &[Share]) -> usize {
+    let of_blocks = shares.iter().filter(|share| ![Class::Begin, Class::Head].contains(&share.class));
+    of_blocks.map(|share| share.launches).sum()
+}
+
+/// Launches that build chunk lists, and their seconds with the copies before.
+fn lists(case: &Case) -> (usize, f64) {
+    match case.step {
+        Step::Decode { .. } => (0, 0.0),
+        Step::Prefill { .. } => (1, COPIES_OF_LISTS as f64 * COPY + LAUNCH),
     }
 }
 
@@ -164,24 +191,31 @@ fn moves(bytes: usize) -> f64 {
     bytes as f64 / MEMORY + LAUNCH
 }
 
-/// Seconds of a group's shrink and product.
-fn seconds_of_group(group: &Group, batch: &Batch) -> [f64; 2] {
+/// Seconds of a group's launches.
+struct Seconds {
+    /// Up to 64 rows the product computes V itself.
+    shrink: Option<f64>,
+    product: f64,
+}
+
+fn seconds_of_group(group: &Group, batch: &Batch) -> Seconds {
     let mix = if batch.segments.is_empty() { Mix::None } else { Mix::Distinct };
-    [Part::Shrink, Part::Product].map(|part| {
-        if part == Part::Shrink && mix == Mix::None {
-            return LAUNCH;
-        }
-        let groups = vec![group.clone()];
-        predict_lora(&LoraCase {
+    let seconds = |part| {
+        let case = LoraCase {
             target: group.name,
-            groups,
+            groups: vec![group.clone()],
             group_range: 0..1,
             mix,
             batch: batch.clone(),
             part,
-        })
-        .seconds
-    })
+        };
+        predict_lora(&case).seconds
+    };
+    match (batch.rows <= DECODE_ROWS, mix) {
+        (true, _) => Seconds { shrink: None, product: seconds(Part::Whole) },
+        (false, Mix::None) => Seconds { shrink: Some(LAUNCH), product: seconds(Part::Product) },
+        (false, _) => Seconds { shrink: Some(seconds(Part::Shrink)), product: seconds(Part::Product) },
+    }
 }
 
 /// Seconds of one block's attention.

@@ -11,7 +11,7 @@ use super::super::device::peak;
 use super::super::prediction::DEVICE;
 use super::cases::{Adapters, Case, Model, case_to_json};
 use super::counts::Counts;
-use super::prediction::Prediction;
+use super::prediction::{Prediction, Share, launches_of_blocks};
 use super::runner::Outcome;
 use crate::commit;
 
@@ -79,11 +79,6 @@ impl Records {
     fn to_json(&self, record: &Record) -> Value {
         let Record { model, case, counts, prediction, outcome } = record;
         let mut value = case_to_json(case);
-        let shares: serde_json::Map<_, _> = prediction
-            .shares
-            .iter()
-            .map(|share| (share.class.name().to_owned(), json!(share.seconds * 1e3)))
-            .collect();
         let mut add = |more: Value| {
             let (Value::Object(value), Value::Object(more)) = (&mut value, more) else {
                 unreachable!("both are objects");
@@ -97,7 +92,7 @@ impl Records {
                 "adapters": counts.adapters, "cache": counts.cache, "ends": counts.ends,
             },
             "flops": counts.flops, "floor_ms": self.floor(record) * 1e3,
-            "predicted_ms": prediction.seconds() * 1e3, "predicted_shares_ms": shares,
+            "predicted_ms": prediction.seconds() * 1e3, "predicted_shares_ms": shares_to_json(&prediction.shares),
             "counted_launches_per_block": prediction.launches_per_block(),
         }));
         add(match outcome {
@@ -110,6 +105,8 @@ impl Records {
                     "least_ms": times.queued.iter().copied().fold(f64::INFINITY, f64::min) * 1e3,
                     "latency_ms": alone * 1e3, "tokens_per_second": case.step.rows() as f64 / queued,
                     "share_of_floor": self.floor(record) / queued, "over_none": self.over_none(record, queued),
+                    "traced_shares_ms": shares_to_json(&times.shares),
+                    "traced_launches_of_blocks": launches_of_blocks(&times.shares),
                 })
             }
         });
@@ -164,4 +161,9 @@ impl Records {
             }
         }
     }
+}
+
+fn shares_to_json(shares: &[Share]) -> Value {
+    let entry = |share: &Share| (share.class.name().to_owned(), json!(share.seconds * 1e3));
+    Value::Object(shares.iter().map(entry).collect())
 }

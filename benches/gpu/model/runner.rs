@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use loramux::adapter::{Adapter, SiteAdapter};
-use loramux::backend::cuda::{Cuda, Device, MemoryOptions};
+use loramux::backend::cuda::{Cuda, Device, MemoryOptions, TracedLaunch};
 use loramux::backend::{Backend, BackendError, PAGE};
 use loramux::model::{ModelError, ModelSites, Weights, WorkspaceSize};
 use loramux::tensor::{Bytes, DType, Tensor};
@@ -15,6 +15,7 @@ use loramux::tensor::{Bytes, DType, Tensor};
 use super::super::cases::Set;
 use super::super::device::median;
 use super::cases::{Adapters, Case, LOADED, MOST_ADAPTERS, Model, Step};
+use super::prediction::{Class, Share, add_share};
 use crate::{Bench, Plan, random_bf16};
 
 /// Places in the random numbers where windows begin, beyond the largest matrix.
@@ -91,6 +92,8 @@ pub struct Times {
     pub queued: Vec<f64>,
     /// Until the logits are there, each waited for.
     pub alone: Vec<f64>,
+    /// One step launch by launch, without graphs and overlap: seconds by class.
+    pub shares: Vec<Share>,
 }
 
 impl Times {
@@ -248,7 +251,7 @@ impl Runner {
     }
 
     fn measure(&mut self, Repetitions { rounds, steps }: Repetitions) -> Result<Times, BackendError> {
-        let mut times = Times { queued: Vec::new(), alone: Vec::new() };
+        let mut times = Times { queued: Vec::new(), alone: Vec::new(), shares: Vec::new() };
         for _ in 0..rounds {
             let started = Instant::now();
             for _ in 0..steps {
@@ -261,8 +264,32 @@ impl Runner {
             self.backend.synchronize()?;
             times.alone.push(started.elapsed().as_secs_f64());
         }
+        let Self { backend, bench, .. } = self;
+        let ((), launches) = backend.trace(|backend| bench.queue(backend))?;
+        times.shares = by_class(&launches);
         Ok(times)
     }
+}
+
+/// Launches of a step by what they do. Copies count as the launch behind them.
+fn by_class(launches: &[TracedLaunch]) -> Vec<Share> {
+    let (mut shares, mut lists) = (Vec::new(), 0);
+    for TracedLaunch { kernel, seconds } in launches {
+        // Chunk lists are built at the start, and again for the rows that give logits.
+        lists += usize::from(&**kernel == "chunk_lists");
+        let class = match &**kernel {
+            _ if lists > 1 => Class::Head,
+            "chunk_lists" | "embed" => Class::Begin,
+            "rms_norm" => Class::Norm,
+            "rope_store" => Class::Rope,
+            "swiglu" => Class::SwiGlu,
+            name if name.starts_with("attention") => Class::Attention,
+            name if name.starts_with("shrink") => Class::Shrink,
+            _ => Class::Product,
+        };
+        add_share(&mut shares, class, 1, *seconds);
+    }
+    shares
 }
 
 /// Pages of the cache that a step needs.

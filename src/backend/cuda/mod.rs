@@ -63,6 +63,7 @@ pub mod params;
 pub mod sample;
 mod stream;
 mod tensor_map;
+mod trace;
 
 pub use backend::{Buffer, Cuda, GroupId, KvCache, Loader, MemoryOptions, Recorded, StagedAdapter, Weight};
 pub use device::{Device, Properties};
@@ -75,3 +76,4 @@ pub use matrix::Matrix;
 pub use memory::{Arena, DeviceBuffer, DeviceSlice, Pinned};
 pub use stream::Stream;
 pub use tensor_map::{Element, Swizzle, TensorMap, TiledTensor};
+pub use trace::TracedLaunch;

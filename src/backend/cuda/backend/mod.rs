@@ -17,7 +17,8 @@ mod buffer;
 mod loader;
 mod steps;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
+use std::collections::btree_map::{BTreeMap, Entry};
 use std::sync::Arc;
 
 use half::bf16;
@@ -27,7 +28,7 @@ use super::elementwise::{BlockPages, ElementwiseKernels, EmbeddingTable, HeadNor
 use super::experts::ExpertMemory;
 use super::lora::{ChunkArena, Epilogue, FrozenLayer, LoraKernels, Seated, Site, SiteGroup};
 use super::sample::SampleKernels;
-use super::{CudaError, Device, DeviceBuffer, Graph, Matrix, Stream};
+use super::{CudaError, Device, DeviceBuffer, Graph, Matrix, Stream, TracedLaunch};
 use crate::backend::sampling::{Draw, Drawn};
 use crate::backend::{
     AttentionShape, Backend, BackendError, FrozenLinear, Gates, HeadNorms, RotaryTables, Rows, SiteChange,
@@ -133,6 +134,20 @@ impl Cuda {
     /// What a kernel has failed with.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.stream.synchronize()
+    }
+
+    /// Runs `work` without graphs and overlap, and says how long each of its launches took: for benches and tools.
+    ///
+    /// # Errors
+    /// Those of `work`, and when the device has no room for 16 MiB.
+    pub fn trace<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T, BackendError>,
+    ) -> Result<(T, Vec<TracedLaunch>), BackendError> {
+        self.stream.start_trace()?;
+        let worked = work(self);
+        let launches = self.stream.finish_trace();
+        Ok((worked?, launches?))
     }
 
     /// An arena for the experts of a site.
@@ -345,21 +360,26 @@ impl Backend for Cuda {
         recorded: &mut Recorded,
         work: impl FnOnce(&mut Self) -> Result<(), BackendError>,
     ) -> Result<(), BackendError> {
-        let Some(rows) = self.steps()?.graph_rows() else { return work(self) };
+        let Some(rows) = self.steps()?.graph_rows().filter(|_| !self.stream.is_traced()) else {
+            return work(self);
+        };
         let state = self.state();
         if recorded.state != state {
             *recorded = Recorded { state, graphs: BTreeMap::new() };
         }
-        if !recorded.graphs.contains_key(&rows) {
-            let capture = self.stream.start_capture()?;
-            let worked = work(self);
-            let graph = capture.finish(&self.stream);
-            worked?;
-            recorded.graphs.insert(rows, graph?);
-        }
+        let graph = match recorded.graphs.entry(rows) {
+            Entry::Occupied(graph) => graph.into_mut(),
+            Entry::Vacant(place) => {
+                let capture = self.stream.start_capture()?;
+                let worked = work(self);
+                let graph = capture.finish(&self.stream);
+                worked?;
+                place.insert(graph?)
+            }
+        };
         // SAFETY: what was captured is the model's own memory and that of its workspace, which owns `recorded`; the rest
         // belongs to `self`, and has not changed since `state`.
-        Ok(unsafe { recorded.graphs[&rows].launch(&self.stream) }?)
+        Ok(unsafe { graph.launch(&self.stream) }?)
     }
 
     fn embed(&mut self, table: &GroupId, rows: &Rows, y: &mut Buffer) -> Result<(), BackendError> {
