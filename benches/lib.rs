@@ -220,6 +220,7 @@ impl<B: Backend> Bench<B> {
     pub fn queue(&mut self, backend: &mut B) -> Result<(), BackendError> {
         let Self { transformer, workspace, rows, picked } = self;
         backend.scope(|backend| {
+            backend.begin_step(rows)?;
             transformer.forward(backend, rows, workspace)?;
             transformer.logits(backend, rows, picked, workspace)
         })

@@ -35,7 +35,7 @@ fn bit_equal_alone_or_among_others(family: &str) {
         // Prompts in pieces, sequences that are preempted, adapters that wait for each other.
         engine(&traffic, Room { sequences: 6, rows: 20, pages: 10 }, 4),
     ];
-    let config = Config { cases: 12, failure_persistence: None, ..Config::default() };
+    let config = Config { cases: 6, failure_persistence: None, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
     let next = std::cell::Cell::new(0);
     runner

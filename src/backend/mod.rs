@@ -255,6 +255,10 @@ pub trait Backend: Sized + Send + 'static {
     fn begin_step(&mut self, _rows: &Rows) -> Result<(), BackendError> {
         Ok(())
     }
+    /// Takes the tokens of a step that has begun without knowing them.
+    fn set_tokens(&mut self, _tokens: &[u32]) -> Result<(), BackendError> {
+        Ok(())
+    }
 
     /// Runs `work`, or what was recorded of it at an earlier step of the same shape.
     ///

@@ -38,6 +38,10 @@ pub(super) struct Worker<B: Backend> {
 struct Step {
     rows: Rows,
     picks: Vec<Pick>,
+    /// The next step where it has been planned ahead, and the scheduler's changes until then.
+    next_rows: Rows,
+    next_picks: Vec<Pick>,
+    ahead: Option<u64>,
     /// Rows of the picks whose logits are computed together.
     picked: Vec<u32>,
     /// What to do with their logits; empty between steps.
@@ -175,12 +179,19 @@ impl<B: Backend> Worker<B> {
         self.drop_cancelled(backend);
         let Self { scheduler, step, .. } = self;
         step.refused.clear();
-        scheduler.plan(&mut step.rows, &mut step.picks, |id, wanted, kept| {
-            backend.bring_experts(wanted, kept).unwrap_or_else(|error| {
-                step.refused.push((id, error));
-                false
-            })
-        });
+        let begun = step.ahead.take() == Some(scheduler.changes());
+        if begun {
+            std::mem::swap(&mut step.rows, &mut step.next_rows);
+            std::mem::swap(&mut step.picks, &mut step.next_picks);
+            scheduler.name_tokens(&mut step.rows);
+        } else {
+            scheduler.plan(&mut step.rows, &mut step.picks, |id, wanted, kept| {
+                backend.bring_experts(wanted, kept).unwrap_or_else(|error| {
+                    step.refused.push((id, error));
+                    false
+                })
+            });
+        }
         for (id, error) in std::mem::take(&mut self.step.refused) {
             error.end_process_if_lost();
             self.fail(backend, &error, |sequence| sequence.id == id);
@@ -191,16 +202,21 @@ impl<B: Backend> Worker<B> {
             }
             return;
         }
-        if let Err(error) = self.compute(backend) {
+        if let Err(error) = self.compute(backend, begun) {
             error.end_process_if_lost();
             self.fail(backend, &error, |sequence| sequence.planned > 0);
         }
     }
 
-    /// Runs the planned rows and hands their tokens to the sequences.
-    fn compute(&mut self, backend: &mut B) -> Result<(), BackendError> {
+    /// Runs the planned rows, which may have `begun` already, and hands their tokens to the sequences.
+    fn compute(&mut self, backend: &mut B, begun: bool) -> Result<(), BackendError> {
         let Self { scheduler, step, transformer, workspace, rules, stats, .. } = self;
         stats.count_step(&step.rows, scheduler);
+        if begun {
+            backend.set_tokens(&step.rows.tokens)?;
+        } else {
+            backend.begin_step(&step.rows)?;
+        }
         transformer.forward(backend, &step.rows, workspace)?;
         for sequence in &mut scheduler.running {
             sequence.computed += sequence.planned;
@@ -210,8 +226,17 @@ impl<B: Backend> Worker<B> {
             step.picked.clear();
             step.picked.extend(picks.iter().map(|pick| pick.row));
             transformer.logits(backend, &step.rows, &step.picked, workspace)?;
-            // The tokens of the step before, while a device is busy with this one.
-            scheduler.running.iter_mut().for_each(Sequence::report);
+            if B::QUEUES {
+                // While the device is busy: the tokens of the step before, and the lists of the next.
+                scheduler.running.iter_mut().for_each(Sequence::report);
+                let ends = |sequence: &Sequence| sequence.ends_with_next(rules);
+                if picks.len() == step.picks.len()
+                    && scheduler.plan_ahead(&mut step.next_rows, &mut step.next_picks, ends)
+                {
+                    backend.begin_step(&step.next_rows)?;
+                    step.ahead = Some(scheduler.changes());
+                }
+            }
             let mut draws: Vec<Draw<'_>> = std::mem::take(&mut step.draws);
             for (row, pick) in picks.iter().enumerate() {
                 draws.push(scheduler.running[pick.sequence].draw(row, pick.prompt_position));

@@ -310,7 +310,8 @@ impl<B: Backend> Transformer<B> {
         backend.unload_expert(&mut self.groups, &mut self.embed_tokens, slot)
     }
 
-    /// Runs all blocks over the step's rows, storing their keys and values; the hidden states stay in `workspace`.
+    /// Runs all blocks over the rows of the step that the backend has [begun](Backend::begin_step), storing their keys and
+    /// values; the hidden states stay in `workspace`.
     ///
     /// # Errors
     /// When the backend fails; the sequences of the step cannot go on then.
@@ -326,7 +327,6 @@ impl<B: Backend> Transformer<B> {
         assert!(Arc::ptr_eq(&self.identity, &workspace.transformer), "a workspace of another transformer");
         let Workspace { hidden, normed, qkv, context, gated, cache, recorded, .. } = workspace;
         let (count, epsilon, gates) = (rows.len(), self.config.rms_norm_eps, &rows.gates);
-        backend.begin_step(rows)?;
         backend.embed(&self.embed_tokens, rows, hidden)?;
         backend.record(recorded, |backend| {
             for (index, block) in self.blocks.iter().enumerate() {

@@ -355,6 +355,12 @@ impl Backend for Cuda {
         Ok(steps.begin(stream, lora, rows, moves, |expert| seat_of(experts, expert))?)
     }
 
+    fn set_tokens(&mut self, tokens: &[u32]) -> Result<(), BackendError> {
+        let Self { stream, steps, .. } = self;
+        let steps = steps.as_mut().ok_or_else(|| CudaError::Shape("tokens of no step".to_owned()))?;
+        Ok(steps.rows.set_tokens(stream, tokens)?)
+    }
+
     fn record(
         &mut self,
         recorded: &mut Recorded,
