@@ -75,9 +75,11 @@ fn build(out: &Path) -> Result<(), String> {
     let mut units = Vec::new();
     for &(directory, extension, flags) in SOURCES {
         for source in files(Path::new(directory), extension)? {
-            let builds: &[_] = if extension == "cu" { elements::builds(&stem(&source)) } else { &[elements::BF16] };
+            let builds: &[_] =
+                if extension == "cu" { elements::builds(&stem(&source)) } else { &[elements::BF16] };
             for build in builds {
-                let name = format!("{}-{}{}.o", directory.replace(['.', '/'], ""), stem(&source), build.suffix);
+                let name =
+                    format!("{}-{}{}.o", directory.replace(['.', '/'], ""), stem(&source), build.suffix);
                 let flags = common.iter().map(String::as_str).chain(flags.iter().chain(build.flags).copied());
                 let flags = flags.map(str::to_owned).collect();
                 units.push(Unit { object: out.join(name), source: source.clone(), flags });

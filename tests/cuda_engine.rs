@@ -6,7 +6,7 @@ mod cuda_device;
 
 use common::traffic::{self, Room, Traffic};
 use cuda_device::device;
-use loramux::backend::cuda::{Cuda, MemoryOptions};
+use loramux::backend::cuda::{Cuda, Element, MemoryOptions};
 use loramux::engine::Engine;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
@@ -16,7 +16,7 @@ fn memory(seats: usize) -> MemoryOptions {
 }
 
 fn engine(traffic: &Traffic, room: Room, seats: usize) -> Engine {
-    traffic.engine_on(room, move || Ok(Cuda::on(&device(), memory(seats))?))
+    traffic.engine_on(room, move || Ok(Cuda::on(&device(), memory(seats), Element::Bf16)?))
 }
 
 fn bit_equal_alone_or_among_others(family: &str) {

@@ -1,7 +1,6 @@
 //! `embed` against a plain loop, with and without adapters of the lookup.
 
-use half::bf16;
-
+use loramux::backend::cuda::Half;
 use loramux::backend::cuda::elementwise::{EmbeddingTable, LookupExperts, StepRows};
 use loramux::backend::cuda::lora::{
     ChunkArena, ChunkLists, LoraKernels, LowRank, RankChunk, Site, SiteGroup, WorkList,
@@ -10,6 +9,7 @@ use loramux::backend::{Rows, SequenceRows};
 
 use crate::SEEDS;
 use crate::cuda_device::under_thread_orders;
+use crate::element::element;
 use crate::harness::{OnDevice, Padded, Random, assert_close, bits, f, limits};
 
 const TILE: usize = 128;
@@ -20,14 +20,14 @@ const CELLS: usize = 2;
 /// A table and experts, each of some chunks of 16 ranks.
 struct Table {
     width: usize,
-    weight: Vec<bf16>,
+    weight: Vec<Half>,
     /// First chunk of each expert, and the end.
     first_chunks: Vec<usize>,
     scales: Vec<f32>,
     /// `[chunk][vocabulary][16]`
-    a: Vec<bf16>,
+    a: Vec<Half>,
     /// `[chunk][width][16]`
-    b: Vec<bf16>,
+    b: Vec<Half>,
 }
 
 impl Table {
@@ -213,8 +213,8 @@ fn adapters_from_a_work_list() {
         let a: Vec<_> = ranks.iter().map(|&rank| random.values(rank * VOCABULARY, 1.0)).collect();
         let b: Vec<_> = ranks.iter().map(|&rank| random.values(width * rank, 0.5)).collect();
         let mut table = Table::new(random, width, &ranks.map(|rank: usize| rank.div_ceil(16)));
-        table.a.fill(bf16::ZERO);
-        table.b.fill(bf16::ZERO);
+        table.a.fill(Half::ZERO);
+        table.b.fill(Half::ZERO);
         for (expert, rank) in ranks.into_iter().enumerate() {
             for r in 0..rank {
                 let chunk = table.first_chunks[expert] + r / 16;
@@ -229,8 +229,8 @@ fn adapters_from_a_work_list() {
         let rows = any_rows(random, row_count, 3);
         under_thread_orders(SEEDS, || {
             let on = OnDevice::new();
-            let mut chunks =
-                ChunkArena::for_lookup(&on.stream, [VOCABULARY, width], 6, 3, 48).expect("an arena");
+            let mut chunks = ChunkArena::for_lookup(&on.stream, element(), [VOCABULARY, width], 6, 3, 48)
+                .expect("an arena");
             for (slot, rank) in ranks.into_iter().enumerate() {
                 let (a, b, scale) = (&a[slot], &b[slot], table.scales[slot]);
                 let pair = LowRank { rank, a, b, scale, column_scale: None, bias: None, order: slot as u64 };
@@ -258,7 +258,7 @@ fn adapters_from_a_work_list() {
             step.pages = vec![0; 6];
             steps.set(&on.stream, &step, &[]).expect("a step");
             work.set(&on.stream, &step.gates, u64::from).expect("a work list");
-            let lora = LoraKernels::new(on.device()).expect("kernels");
+            let lora = LoraKernels::new(on.device(), element()).expect("kernels");
             lists.build(&on.stream, &lora, &work).expect("chunk lists");
             let y = on.to_rows(row_count, width, width, |y, _| {
                 let lookup = group.lookup(&work).expect("a lookup");

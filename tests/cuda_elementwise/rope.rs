@@ -1,7 +1,6 @@
 //! `rope_store` against a plain loop, and the pages that it leaves.
 
-use half::bf16;
-
+use loramux::backend::cuda::Half;
 use loramux::backend::cuda::elementwise::{BlockPages, HeadNormWeights, Rotary, StepRows};
 use loramux::backend::{AttentionShape, PAGE, RotaryTables, Rows};
 
@@ -49,8 +48,8 @@ fn three_sequences() -> Rows {
 /// Rows after the launch, keys and values.
 struct Result {
     qkv: Padded,
-    keys: Vec<bf16>,
-    values: Vec<bf16>,
+    keys: Vec<Half>,
+    values: Vec<Half>,
 }
 
 fn rope_store(layer: &Layer, rows: &Rows, qkv: &Padded) -> Result {
@@ -77,7 +76,7 @@ fn rope_store(layer: &Layer, rows: &Rows, qkv: &Padded) -> Result {
 /// A head after normalisation and rotation, with the error of each element.
 fn turned(
     layer: &Layer,
-    head: &[bf16],
+    head: &[Half],
     norm: Option<&Vec<f32>>,
     variant: usize,
     at: usize,

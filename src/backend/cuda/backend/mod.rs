@@ -1,7 +1,7 @@
 //! The operations of a forward pass on a GPU: the launches of this module's kernels behind the trait that the
 //! transformer is written for.
 //!
-//! Activations, weights and the cache are bf16, sums fp32, logits fp32. All work goes to one stream and nothing but
+//! Activations, weights and the cache have one 16-bit type ([`Element`]), sums and logits are fp32. All work goes to one stream and nothing but
 //! reading logits waits for it. What a step says about its rows and their experts is copied to fixed places first
 //! ([`Steps`](steps::Steps)); the launches of the blocks read it there, so those of a step without long prompts are
 //! captured once for each [number of rows](steps) and replayed for every mix of adapters.
@@ -21,21 +21,20 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use bytemuck::cast_slice;
-use half::bf16;
 
 use super::attention::{AttentionInputs, AttentionKernels};
 use super::elementwise::{BlockPages, ElementwiseKernels, EmbeddingTable, HeadNormWeights, Rotary};
 use super::experts::ExpertMemory;
 use super::lora::{ChunkArena, Epilogue, FrozenLayer, LoraKernels, LowRank, Seated, Site, SiteGroup};
 use super::sample::SampleKernels;
-use super::{CudaError, Device, DeviceBuffer, Graph, Matrix, Stream};
+use super::{CudaError, Device, DeviceBuffer, Element, Graph, Half, Matrix, Stream};
 use crate::backend::sampling::{Draw, Drawn};
 use crate::backend::{
     AttentionShape, Backend, BackendError, ExpertWeights, FrozenLinear, Gates, HeadNorms, RotaryTables, Rows,
     SiteChange, StepLimits, Write,
 };
 use crate::tensor::Tensor;
-use buffer::rounded;
+use buffer::padded_values;
 use steps::Steps;
 
 pub use buffer::{Buffer, KvCache, Weight};
@@ -61,6 +60,7 @@ pub struct Cuda {
     // Dropped first: it waits for copies into the groups' arenas.
     experts: ExpertMemory,
     device: Arc<Device>,
+    element: Element,
     stream: Stream,
     lora: LoraKernels,
     elementwise: ElementwiseKernels,
@@ -93,25 +93,27 @@ pub struct Recorded {
 }
 
 impl Cuda {
-    /// Opens a device with the kernels of this build.
+    /// Opens a device with the kernels of this build, for a model in `element`: weights and adapters that are stored
+    /// otherwise are rounded to it.
     ///
     /// # Errors
     /// Those of [`Device::open`].
-    pub fn open(ordinal: usize, memory: MemoryOptions) -> Result<Self, BackendError> {
-        Ok(Self::on(&Device::open(ordinal)?, memory)?)
+    pub fn open(ordinal: usize, memory: MemoryOptions, element: Element) -> Result<Self, BackendError> {
+        Ok(Self::on(&Device::open(ordinal)?, memory, element)?)
     }
 
     /// On a device that is open.
     ///
     /// # Errors
     /// [`CudaError::UnknownKernel`] when it was opened without this build's kernels.
-    pub fn on(device: &Arc<Device>, memory: MemoryOptions) -> Result<Self, CudaError> {
+    pub fn on(device: &Arc<Device>, memory: MemoryOptions, element: Element) -> Result<Self, CudaError> {
         Ok(Self {
             stream: device.stream()?,
-            lora: LoraKernels::new(device)?,
-            elementwise: ElementwiseKernels::new(device)?,
-            attention: AttentionKernels::new(device)?,
+            lora: LoraKernels::new(device, element)?,
+            elementwise: ElementwiseKernels::new(device, element)?,
+            attention: AttentionKernels::new(device, element)?,
             sample: SampleKernels::new(device)?,
+            element,
             memory,
             groups: Vec::new(),
             experts: ExpertMemory::new(device, memory.seats)?,
@@ -142,7 +144,7 @@ impl Cuda {
     fn arena(&self, in_features: usize, out_features: usize, lookup: bool) -> Result<ChunkArena, CudaError> {
         let MemoryOptions { seats, max_rank, chunks, .. } = self.memory;
         let arena = if lookup { ChunkArena::for_lookup } else { ChunkArena::new };
-        arena(&self.stream, [in_features, out_features], chunks, seats, max_rank)
+        arena(&self.stream, self.element, [in_features, out_features], chunks, seats, max_rank)
     }
 
     fn add_group(&mut self, sites: Vec<Site>) -> Result<GroupId, BackendError> {
@@ -163,10 +165,14 @@ impl Cuda {
         let arena = &self.groups[group].sites()[site].chunks;
         let [in_features, out_features] = [arena.in_features(), arena.out_features()];
         let rank = weights.a.shape()[0];
-        let a = rounded(&weights.a, if rank == 0 { weights.a.shape()[1] } else { in_features });
-        let mut b = rounded(&weights.b, rank);
+        let values = |name: &str, tensor: &Tensor, stride: usize| {
+            let what = format!("{name} of an adapter, of shape {:?},", tensor.shape());
+            padded_values(self.element, tensor, stride, &what)
+        };
+        let a = values("A", &weights.a, if rank == 0 { weights.a.shape()[1] } else { in_features })?;
+        let mut b = values("B", &weights.b, rank)?;
         // A lookup's rows are padded like those of activations.
-        b.resize(out_features * rank, bf16::ZERO);
+        b.resize(out_features * rank, Half::ZERO);
         let order = self.orders.entry(expert).or_default();
         let mut hasher = DefaultHasher::new();
         (*order, rank, weights.scale.to_bits()).hash(&mut hasher);
@@ -200,7 +206,7 @@ impl Cuda {
                     let what = "a whole weight for one of several layers that run together";
                     return Err(CudaError::Shape(what.to_owned()).into());
                 }
-                let weight = Weight::new(&self.stream, weight)?;
+                let weight = Weight::new(&self.stream, self.element, weight)?;
                 self.replaced.insert((expert, group), weight);
             }
         }
@@ -262,7 +268,7 @@ fn seat_of(experts: &ExpertMemory, expert: u32) -> Option<Seated> {
 }
 
 impl Backend for Cuda {
-    const CACHE_ELEMENT_BYTES: usize = size_of::<bf16>();
+    const CACHE_ELEMENT_BYTES: usize = size_of::<Half>();
     // The weights of `lm_head` are read anew for every part of a step.
     const LOGITS_BYTES: usize = 256 << 20;
     const QUEUES: bool = true;
@@ -277,7 +283,7 @@ impl Backend for Cuda {
     type Recorded = Recorded;
 
     fn weight(&self, tensor: &Tensor) -> Result<Weight, BackendError> {
-        Ok(Weight::new(&self.stream, tensor)?)
+        Ok(Weight::new(&self.stream, self.element, tensor)?)
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<DeviceBuffer<f32>, BackendError> {
