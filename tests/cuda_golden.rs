@@ -19,7 +19,7 @@ use loramux::model::Base;
 fn tolerance(element: Element) -> f64 {
     match element {
         Element::Bf16 => 2e-2,
-        Element::F16 => 4e-3,
+        Element::F16 => 2.5e-3,
     }
 }
 

@@ -8,7 +8,7 @@ use loramux::backend::cuda::lora::{
 use loramux::backend::cuda::{DeviceBuffer, Half};
 
 use crate::cuda_device::under_thread_orders;
-use crate::element::element;
+use crate::element::{element, in_both_types};
 use crate::fixture::{Adapter, Fixture, groups};
 use crate::random::Random;
 
@@ -53,7 +53,9 @@ fn product(
 
 #[test]
 fn experts_that_were_brought_compute_what_loaded_ones_do() {
-    under_thread_orders(2, compare);
+    in_both_types(|| {
+        under_thread_orders(2, compare);
+    });
 }
 
 fn compare() {

@@ -6,7 +6,7 @@ use loramux::backend::cuda::lora::{
 use loramux::backend::cuda::{DeviceBuffer, Half};
 
 use crate::cuda_device::{device, on_gpu, under_thread_orders};
-use crate::element::NAN;
+use crate::element::{NAN, in_both_types};
 use crate::harness::{Batch, Group, Launches, OnDevice, Output, Path, Random, counters};
 use crate::{bits, in_order, runs, same_ranks};
 
@@ -68,13 +68,15 @@ fn one_launch_has_the_bits_of_two() {
 /// Fewer units of V than thread blocks, and more: then one is for all rows.
 #[test]
 fn units_of_v_for_16_rows_and_for_all() {
-    let random = &mut Random(52);
-    let group = Group::new(random, 64, &[64, 136], false, &same_ranks(&[8; 64], 2));
-    for experts in [1, 2, 5, 64] {
-        let each =
-            runs(&(0..experts).map(|expert| (Some(expert), 64 / experts as usize)).collect::<Vec<_>>());
-        check(random, &group, Output::Store, each);
-    }
+    in_both_types(|| {
+        let random = &mut Random(52);
+        let group = Group::new(random, 64, &[64, 136], false, &same_ranks(&[8; 64], 2));
+        for experts in [1, 2, 5, 64] {
+            let each =
+                runs(&(0..experts).map(|expert| (Some(expert), 64 / experts as usize)).collect::<Vec<_>>());
+            check(random, &group, Output::Store, each);
+        }
+    });
 }
 
 /// The same scratch memory serves groups one after the other, whatever their steps.

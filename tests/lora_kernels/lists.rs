@@ -3,7 +3,7 @@
 use loramux::backend::cuda::lora::{ShrinkKernel, shrink_slices};
 
 use crate::cuda_device::under_thread_orders;
-use crate::element::{f, half_of_smallest, half_ulp};
+use crate::element::{f, half_of_smallest, half_ulp, in_both_types};
 use crate::harness::{Batch, Group, Lists, OnDevice, Output, Random};
 use crate::{in_order, runs};
 
@@ -127,14 +127,16 @@ fn a_chunk_list_for_every_tile_slice_and_site() {
 
 #[test]
 fn v_is_zero_where_a_row_does_not_use_an_expert() {
-    let random = &mut Random(22);
-    // One K slice, two, and the most there are.
-    for (input, slices) in [(200, 1), (2056, 2), (8200, 8)] {
-        assert_eq!(shrink_slices(input), slices);
-        let group = Group::new(random, input, &[16, 24], false, &[vec![16, 5], vec![33, 0], vec![0, 8]]);
-        let mut gates = runs(&[(Some(0), 70), (None, 20), (Some(1), 50), (Some(2), 9)]);
-        gates[3] = vec![(0, 0.5), (2, -0.25), (1, 2.0)];
-        gates.drain(5..if slices > 2 { 135 } else { 5 });
-        check(random, &group, gates);
-    }
+    in_both_types(|| {
+        let random = &mut Random(22);
+        // One K slice, two, and the most there are.
+        for (input, slices) in [(200, 1), (2056, 2), (8200, 8)] {
+            assert_eq!(shrink_slices(input), slices);
+            let group = Group::new(random, input, &[16, 24], false, &[vec![16, 5], vec![33, 0], vec![0, 8]]);
+            let mut gates = runs(&[(Some(0), 70), (None, 20), (Some(1), 50), (Some(2), 9)]);
+            gates[3] = vec![(0, 0.5), (2, -0.25), (1, 2.0)];
+            gates.drain(5..if slices > 2 { 135 } else { 5 });
+            check(random, &group, gates);
+        }
+    });
 }
