@@ -61,7 +61,9 @@ struct RoundParams {
 KERNEL(test_round, RoundParams, 256, 1) {
   const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= p.count) return;
-  const uint32_t pair = ptx::pack(p.values[i], p.values[i]);
+  // By its address, so that it is not inlined: of two functions of one name, the linker would keep one.
+  uint32_t (*const volatile pack)(float, float) = ptx::pack;
+  const uint32_t pair = pack(p.values[i], p.values[i]);
   p.pairs[i] = pair;
   p.rounded[i * 2] = low_float(pair);
   p.rounded[i * 2 + 1] = high_float(pair);
