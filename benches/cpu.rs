@@ -6,7 +6,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use loramux::backend::cpu::Cpu;
 use loramux::backend::{Backend, ExpertWeights, FrozenLinear, Gates, SiteChange, Write};
 use loramux::model::Weights;
-use loramux_benches::{Bench, RandomWeights, llama_1b, random_adapter, random_bf16};
+use loramux_benches::{Bench, Plan, RandomWeights, llama_1b, random_adapter, random_bf16};
 
 /// One linear layer `[8192, 2048]`: rows × adapters of rank 16.
 fn linear(criterion: &mut Criterion) {
@@ -22,7 +22,7 @@ fn linear(criterion: &mut Criterion) {
             bias: None,
             column_scale: None,
         });
-        cpu.load_expert(&mut site, 0, slot as usize, &change).expect("room");
+        site.site_mut(0).load(slot as usize, &change);
     }
     let mut group = criterion.benchmark_group("linear");
     for rows in [1usize, 4, 16, 64, 512] {
@@ -42,7 +42,7 @@ fn linear(criterion: &mut Criterion) {
             group.bench_function(BenchmarkId::new(format!("{adapters} adapters"), rows), |bencher| {
                 bencher.iter(|| {
                     cpu.scope(|cpu| {
-                        cpu.linear(&site, &x, &gates, Write::Replace, &mut y);
+                        cpu.linear(&site, &x, &gates, Write::Replace, &mut y).expect("a product");
                     });
                 });
             });
@@ -55,10 +55,10 @@ fn steps(criterion: &mut Criterion) {
     let config = llama_1b(2);
     let weights = RandomWeights::new(&config);
     let mut cpu = Cpu::new(None).expect("threads");
-    let mut bench = Bench::new(&cpu, &config, &weights, 16, 640);
+    let mut bench = Bench::on_cpu(&mut cpu, &config, &weights);
     for slot in 0..8 {
         let adapter = random_adapter(weights.sites(), 16, slot as u64 + 1);
-        bench.transformer.load_adapter(&cpu, slot, &adapter, &weights).expect("room");
+        bench.transformer.load_adapter(&mut cpu, slot, &adapter, &weights).expect("room");
     }
     let mut group = criterion.benchmark_group("step");
     group.sample_size(10);
@@ -68,7 +68,7 @@ fn steps(criterion: &mut Criterion) {
         for adapters in [0, 8] {
             group.throughput(Throughput::Elements((sequences * tokens) as u64));
             group.bench_function(BenchmarkId::new(name, format!("{adapters} adapters")), |bencher| {
-                bench.plan(sequences, tokens, start, adapters);
+                bench.plan(Plan { sequences, tokens, start, adapters, ..Plan::default() });
                 bencher.iter(|| bench.step(&mut cpu));
             });
         }

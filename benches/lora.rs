@@ -13,18 +13,17 @@
 //!
 //! `LORAMUX_BENCH_RECORDS` names a file that gets all numbers as JSON. Other arguments are criterion's.
 
-mod gpu;
-
 use std::process::ExitCode;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
-use gpu::cases::{self, Case, Set};
-use gpu::counts::Counts;
-use gpu::layers::Layers;
-use gpu::prediction;
-use gpu::records::Records;
 use loramux::backend::cuda::{CudaError, Graph};
+use loramux_benches::gpu::cases::{self, Case, Set};
+use loramux_benches::gpu::counts::Counts;
+use loramux_benches::gpu::device::copy_bandwidth;
+use loramux_benches::gpu::layers::Layers;
+use loramux_benches::gpu::prediction;
+use loramux_benches::gpu::records::Records;
 
 fn main() -> ExitCode {
     let asks_for = |flag: &str| std::env::args().any(|argument| argument == flag);
@@ -55,7 +54,7 @@ fn run(set: Set) -> Result<(), String> {
     let cases = set.cases();
     let mut layers = Layers::new(set, &cases).map_err(message)?;
     let copied = if set == Set::Tiny { 1 << 16 } else { 1 << 30 };
-    let bandwidth = layers.copy_bandwidth(copied).map_err(message)?;
+    let bandwidth = copy_bandwidth(layers.stream(), copied).map_err(message)?;
     let mut records = Records::new(set, layers.device().properties().clone(), layers.copies(), bandwidth);
     let mut loaded = None;
     for case in &cases {

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use loramux::backend::cpu::Cpu;
 use loramux::tensor::Tensor;
-use loramux_benches::{Bench, RandomWeights, commit, device, llama_1b, random_adapter};
+use loramux_benches::{Bench, Plan, RandomWeights, commit, device, llama_1b, random_adapter};
 use rayon::prelude::*;
 use serde_json::json;
 
@@ -27,10 +27,10 @@ fn main() {
     let config = llama_1b(blocks);
     let weights = RandomWeights::new(&config);
     let mut cpu = Cpu::new(None).expect("threads");
-    let mut bench = Bench::new(&cpu, &config, &weights, 16, 640);
+    let mut bench = Bench::on_cpu(&mut cpu, &config, &weights);
     for slot in 0..ADAPTERS {
         let adapter = random_adapter(loramux::model::Weights::sites(&weights), RANK, slot as u64 + 1);
-        bench.transformer.load_adapter(&cpu, slot, &adapter, &weights).expect("room");
+        bench.transformer.load_adapter(&mut cpu, slot, &adapter, &weights).expect("room");
     }
     let bytes = weights.decode_bytes();
     let linear = weights.linear_weights();
@@ -126,7 +126,7 @@ fn step(
     start: usize,
     adapters: usize,
 ) -> f32 {
-    bench.plan(sequences, tokens, start, adapters);
+    bench.plan(Plan { sequences, tokens, start, adapters, ..Plan::default() });
     bench.step(cpu)
 }
 

@@ -1,23 +1,29 @@
 #!/usr/bin/env bash
-# Tests and times the kernels on a machine with a GPU, CUDA and PyTorch but without Rust, in two steps:
+# Tests and times the kernels and whole models on a machine with a GPU, CUDA and PyTorch but without Rust, in two steps:
 #
-#   scripts/gpu.sh pack      here, with Rust and nvcc: leaves stripped test binaries and the bench in `.gpu`
+#   scripts/gpu.sh pack      here, with Rust and nvcc: leaves stripped test binaries and benches in `.gpu`
 #   scripts/gpu.sh run OUT   there, in a copy of this tree with `.gpu`: leaves results.json, table.txt and log.txt in OUT
 #
 # `run` needs no network and changes no setting of the GPU. A stage that fails or takes too long is noted and the later
-# ones still run; the exit code says whether all went well. `results.json` is what is committed under `benches/results`.
+# ones still run; the exit code says whether all went well. `results.json` is what is committed under `benches/results`;
+# of several runs with some stages each, `scripts/gpu/merge.py join RESULTS... OUT` makes one.
 #
+# LORAMUX_GPU_STAGES     which of: tests sanitizers lora lora-peers model model-peers; all, in this order, if unset
 # LORAMUX_BENCH_SET      short (default) or full
+# LORAMUX_BENCH_MODELS   parts of models' names, with commas between: the others are not timed
 # LORAMUX_GPU_SECONDS    how long `run` may take in all: 520, or 3600 for the full set
-# LORAMUX_SANITIZER_TESTS  tests of `lora_kernels` that run under compute-sanitizer
-# LORAMUX_PEERS          a folder with kernels of other projects to time: see scripts/gpu/torch_peers.py
+# LORAMUX_SANITIZER_TESTS  tests that run under compute-sanitizer, as `binary:test`
+# LORAMUX_PEERS          a folder with kernels of other projects to time: see scripts/gpu/lora_peers.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 packed=.gpu
+benches=(lora model)
 largest_pack=$((40 << 20))
-sanitizer_tests=${LORAMUX_SANITIZER_TESTS:-an_empty_batch_and_a_single_row an_adapter_without_one_of_the_sites \
-    residual_and_swiglu_epilogues k_in_slices}
+stages=${LORAMUX_GPU_STAGES:-tests sanitizers lora lora-peers model model-peers}
+sanitizer_tests=${LORAMUX_SANITIZER_TESTS:-lora_kernels:an_empty_batch_and_a_single_row \
+    lora_kernels:an_adapter_without_one_of_the_sites lora_kernels:residual_and_swiglu_epilogues \
+    lora_kernels:k_in_slices cuda_golden:logits_of_llama_match cuda_golden:logits_of_phi3_match}
 
 fail() {
     echo "error: $*" >&2
@@ -46,7 +52,7 @@ for line in sys.stdin:
 }
 
 pack() {
-    local arguments=() tests name path messages out_dir listed bytes
+    local arguments=() tests name path messages out_dir folder bytes
     command -v cargo >/dev/null || fail "\`cargo\` is not installed: \`pack\` runs where Rust is"
     mapfile -t tests < <(gpu_tests)
     ((${#tests[@]})) || fail "no test under tests/ uses tests/common/cuda_device.rs"
@@ -54,31 +60,31 @@ pack() {
         arguments+=(--test "$name")
     done
     messages=$(mktemp)
-    # shellcheck disable=SC2064 # The name is wanted as it is now.
-    trap "rm -f '$messages'" EXIT
+    folder=$(mktemp -d)
+    # shellcheck disable=SC2064 # The names are wanted as they are now.
+    trap "rm -rf '$messages' '$folder'" EXIT
     cargo test --release --locked --no-run --message-format=json-render-diagnostics "${arguments[@]}" >"$messages"
     cargo bench --locked --no-run --message-format=json-render-diagnostics \
-        --package loramux-benches --bench lora >>"$messages"
+        --package loramux-benches "${benches[@]/#/--bench=}" >>"$messages"
 
-    rm -rf "$packed"
-    mkdir "$packed"
     while IFS=$'\t' read -r name path; do
-        case " ${tests[*]} lora " in
-            *" $name "*) strip -o "$packed/$name" "$path" ;;
+        case " ${tests[*]} ${benches[*]} " in
+            *" $name "*) strip -o "$folder/$name" "$path" ;;
         esac
     done < <(pick_messages executable <"$messages")
-    for name in "${tests[@]}" lora; do
-        [[ -x $packed/$name ]] || fail "cargo has not built $name"
+    for name in "${tests[@]}" "${benches[@]}"; do
+        [[ -x $folder/$name ]] || fail "cargo has not built $name"
     done
-    listed=$("$packed/lora_kernels" --list --format terse)
     for name in $sanitizer_tests; do
-        grep -qx "$name: test" <<<"$listed" || fail "lora_kernels has no test $name"
+        "$folder/${name%%:*}" --list --format terse | grep -qx "${name#*:}: test" ||
+            fail "there is no test ${name#*:} in ${name%%:*}"
     done
     out_dir=$(pick_messages out_dir <"$messages" | tail -n 1 | cut -f 2)
-    python3 - "$out_dir/kernels.json" "$(git describe --always --dirty)" "$packed" <<'PYTHON' || fail "no manifest"
+    rm -rf "$packed"
+    mkdir "$packed"
+    python3 - "$out_dir/kernels.json" "$(git describe --always --dirty)" "$folder" >"$packed/manifest.json" <<'PYTHON' ||
 import hashlib, json, pathlib, sys
 kernels = json.loads(pathlib.Path(sys.argv[1]).read_text())
-folder = pathlib.Path(sys.argv[3])
 if not kernels["kernels"]:
     sys.exit("error: this build has no CUDA kernels: see scripts/get-nvcc.sh")
 manifest = {
@@ -87,12 +93,15 @@ manifest = {
     "archs": kernels["archs"],
     "binaries": {
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in sorted(folder.iterdir())
+        for path in sorted(pathlib.Path(sys.argv[3]).iterdir())
     },
 }
-(folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+print(json.dumps(manifest, indent=1))
 PYTHON
-    ls -l "$packed"
+        fail "no manifest"
+    # Every binary has all kernels: a dictionary as large as two of them finds the second's in the first.
+    tar --create --directory "$folder" --sort=name . | xz --lzma2=preset=6,dict=64MiB >"$packed/binaries.tar.xz"
+    ls -l "$folder" "$packed"
     bytes=$(du -sb "$packed" | cut -f 1)
     echo "$bytes bytes in $packed"
     ((bytes <= largest_pack)) || fail "at most $largest_pack bytes are meant to travel"
@@ -124,40 +133,82 @@ tool() {
     command -v "$1" || echo "/usr/local/cuda/bin/$1"
 }
 
+# Whether a stage is to be run.
+wanted() {
+    [[ " $stages " == *" $1 "* ]]
+}
+
+# share NAME: seconds for one of the timing stages, of what is left for it and those after it.
+share() {
+    local name weight of_this=0 of_all=0
+    for name in lora:4 lora-peers:2 model:4 model-peers:3; do
+        weight=${name#*:}
+        name=${name%:*}
+        if [[ $name == "$1" ]]; then
+            of_this=$weight
+        fi
+        if ((of_this)) && wanted "$name"; then
+            of_all=$((of_all + weight))
+        fi
+    done
+    echo $(((budget - SECONDS) * of_this / of_all))
+}
+
+# Runs tests under each tool. It slows kernels down a lot: few tests, and little time.
+run_sanitizers() {
+    local binary tests name tool_name
+    for binary in $(printf '%s\n' $sanitizer_tests | cut -d : -f 1 | sort -u); do
+        tests=()
+        for name in $sanitizer_tests; do
+            if [[ $name == "$binary":* ]]; then
+                tests+=("${name#*:}")
+            fi
+        done
+        for tool_name in memcheck synccheck racecheck initcheck; do
+            stage "sanitizer-$tool_name-$binary" $((budget / 10)) "$(tool compute-sanitizer)" --tool "$tool_name" \
+                --error-exitcode 86 --print-limit 10 "$binaries/$binary" --test-threads 1 --exact "${tests[@]}"
+        done
+    done
+}
+
 run() {
-    local out=$1 name tool_name set=${LORAMUX_BENCH_SET:-short} peers_limit
+    local out=$1 name set=${LORAMUX_BENCH_SET:-short} seconds
     budget=${LORAMUX_GPU_SECONDS:-$([[ $set == full ]] && echo 3600 || echo 520)}
     failed=()
     [[ -f $packed/manifest.json ]] || fail "$packed is not packed: run \`scripts/gpu.sh pack\` where Rust is"
-    chmod u+x "$packed"/*
     mkdir -p "$out"
     out=$(cd "$out" && pwd)
     logs=$(mktemp -d)
-    # shellcheck disable=SC2064 # The name is wanted as it is now.
-    trap "rm -rf '$logs'" EXIT
+    binaries=$(mktemp -d)
+    # shellcheck disable=SC2064 # The names are wanted as they are now.
+    trap "rm -rf '$logs' '$binaries'" EXIT
+    python3 -m tarfile --extract "$packed/binaries.tar.xz" "$binaries"
+    # Tests read the repository's files from here, not from where they were built.
     export LORAMUX_TEST_DEVICE=cuda CARGO_MANIFEST_DIR=$PWD PYTHONUNBUFFERED=1 LC_ALL=C.UTF-8
-    export LORAMUX_BENCH_SET=$set LORAMUX_BENCH_RECORDS=$logs/bench.json CRITERION_HOME=$logs/criterion
+    export LORAMUX_BENCH_SET=$set CRITERION_HOME=$logs/criterion
 
     stage device 20 "$(tool nvidia-smi)" --format=csv \
         --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu
 
-    for name in $(packed_tests); do
-        stage "tests-$name" $((budget / 8)) \
-            python3 scripts/gpu/run_tests.py "$packed/$name" "$logs/tests-$name.json" $((budget / 8 - 5))
-    done
-
-    stage cases 20 "$packed/lora" --cases
-    stage bench $((budget * 9 / 20)) "$packed/lora" --bench
-    # What is left, but for the sanitizers' share.
-    peers_limit=$((budget * 17 / 20 - SECONDS))
-    stage peers "$peers_limit" python3 scripts/gpu/torch_peers.py "$logs/cases.log" "$logs/peers.json"
-
-    # The sanitizers slow kernels down a lot: few tests, and the time that is left.
-    for tool_name in memcheck synccheck racecheck initcheck; do
-        # shellcheck disable=SC2086 # A list of names.
-        stage "sanitizer-$tool_name" $((budget / 10)) "$(tool compute-sanitizer)" --tool "$tool_name" \
-            --error-exitcode 86 --print-limit 10 \
-            "$packed/lora_kernels" --test-threads 1 --exact $sanitizer_tests
+    if wanted tests; then
+        for name in $(packed_tests); do
+            stage "tests-$name" $((budget / 6)) \
+                python3 scripts/gpu/run_tests.py "$binaries/$name" "$logs/tests-$name.json" $((budget / 6 - 5))
+        done
+    fi
+    if wanted sanitizers; then
+        run_sanitizers
+    fi
+    for name in "${benches[@]}"; do
+        if wanted "$name"; then
+            LORAMUX_BENCH_RECORDS=$logs/$name.json stage "$name" "$(share "$name")" "$binaries/$name" --bench
+        fi
+        if wanted "$name-peers"; then
+            stage "$name-cases" 20 "$binaries/$name" --cases
+            seconds=$(share "$name-peers")
+            stage "$name-peers" "$seconds" python3 "scripts/gpu/${name}_peers.py" \
+                "$logs/$name-cases.log" "$logs/$name-peers.json" $((seconds - 20))
+        fi
     done
 
     python3 scripts/gpu/merge.py "$logs" "$packed/manifest.json" "$out/results.json" >"$out/table.txt"
@@ -174,8 +225,10 @@ run() {
 
 # Names of the packed test binaries.
 packed_tests() {
-    python3 -c 'import json, sys; print(*(n for n in json.load(open(sys.argv[1]))["binaries"] if n != "lora"))' \
-        "$packed/manifest.json"
+    python3 -c '
+import json, sys
+print(*(name for name in json.load(open(sys.argv[1]))["binaries"] if name not in sys.argv[2:]))
+    ' "$packed/manifest.json" "${benches[@]}"
 }
 
 case ${1:-} in

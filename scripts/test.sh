@@ -102,7 +102,7 @@ test_kernels_sanitized() {
         "CARGO_TARGET_${host}_RUNNER=env LD_PRELOAD=$asan:$ubsan ASAN_OPTIONS=detect_leaks=0 \
          UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1" \
         cargo nextest run --locked --package loramux --test lora_kernels --test cuda_driver --test cuda_elementwise \
-            --test cuda_attention
+            --test cuda_attention --test cuda_sample --test cuda_experts --test cuda_golden
 }
 
 build_documentation() {

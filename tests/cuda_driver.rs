@@ -2,7 +2,6 @@
 #![cfg(feature = "cuda")]
 
 #[path = "common/cuda_device.rs"]
-#[allow(dead_code, reason = "no result of these tests depends on the order of threads")]
 mod cuda_device;
 
 use std::alloc::{GlobalAlloc, Layout, System};

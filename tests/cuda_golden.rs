@@ -10,10 +10,13 @@ mod cuda_device;
 
 use common::forward::{entries, load, logits};
 use common::{Case, FAMILIES, VARIANTS};
+use loramux::adapter::{Adapter, SiteAdapter};
+use loramux::backend::Backend;
 use loramux::backend::cpu::Cpu;
 use loramux::backend::cuda::{Cuda, Element, MemoryOptions};
 use loramux::engine::EngineOptions;
-use loramux::model::Base;
+use loramux::model::{Base, Transformer};
+use loramux::tensor::Tensor;
 
 /// ‖Δ‖ / ‖wanted‖ of a case's logits: weights and activations are rounded to eight or eleven bits here, and to 24 there.
 fn tolerance(element: Element) -> f64 {
@@ -101,6 +104,49 @@ fn weights_that_are_stored_in_fp16_run_in_fp16() {
         let wanted = if *label == "qwen2-windows" { Element::F16 } else { Element::Bf16 };
         assert_eq!(element_of(&Case::open(label)), wanted, "{label}");
     }
+}
+
+/// What a checkpoint in another type, or an adapter, may have and fp16 has not.
+#[test]
+fn values_that_fp16_cannot_hold_are_refused() {
+    let backend = cuda(Element::F16);
+    let tensor = Tensor::from_f32(vec![2, 8], &[65504.0; 16]);
+    assert!(backend.weight(&tensor).is_ok());
+    let mut values = [1.0; 16];
+    values[9] = -1e5;
+    let tensor = Tensor::from_f32(vec![2, 8], &values);
+    let refused = backend.weight(&tensor).expect_err("too large").to_string();
+    assert!(refused.contains("a weight of shape [2, 8] has the value -100000"), "{refused}");
+    assert!(cuda(Element::Bf16).weight(&tensor).is_ok());
+
+    let case = Case::open("qwen2-windows");
+    let base = Base::open(&case.model()).unwrap();
+    let (id, site) = base.checkpoint.sites().table.iter().last().expect("a site");
+    let mut b = vec![0.5; site.out_features];
+    b[3] = 7e4;
+    let of_site = SiteAdapter {
+        site: id,
+        rank: 1,
+        scale: 1.0,
+        a: Tensor::from_f32(vec![1, site.in_features], &vec![0.5; site.in_features]),
+        b: Tensor::from_f32(vec![site.out_features, 1], &b),
+        bias: None,
+        magnitude: None,
+    };
+    let adapter = Adapter {
+        hash: String::new(),
+        sites: vec![of_site],
+        saved_modules: vec![],
+        saved_biases: vec![],
+        base_name: None,
+    };
+    let load = |mut backend: Cuda| {
+        let mut model = Transformer::new(&mut backend, &base.config, &base.checkpoint, 64).unwrap();
+        model.load_adapter(&mut backend, 0, &adapter, &base.checkpoint)
+    };
+    let refused = load(backend).expect_err("too large").to_string();
+    assert!(refused.contains("B of an adapter") && refused.contains("has the value 70000"), "{refused}");
+    assert!(load(cuda(Element::Bf16)).is_ok());
 }
 
 #[test]

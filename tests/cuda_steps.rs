@@ -66,6 +66,7 @@ impl Decoder {
             self.rows.push_sequence(&tokens[start..], start, 0, &pages[..=start / PAGE], mixture);
         }
         let picked: [u32; SEQUENCES] = std::array::from_fn(|row| row as u32);
+        backend.begin_step(&self.rows).unwrap();
         self.transformer.forward(backend, &self.rows, &mut self.workspace).unwrap();
         self.transformer.logits(backend, &self.rows, &picked[..chosen.len()], &mut self.workspace).unwrap();
     }

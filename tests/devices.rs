@@ -5,6 +5,8 @@ mod common;
 use std::path::Path;
 
 use common::program::{Ran, command, finish};
+#[cfg(feature = "cuda")]
+use common::program::{line, read_lines, write_lines};
 
 /// Runs the program where it sees no GPU.
 fn without_gpu(arguments: &[&str]) -> Ran {
@@ -34,19 +36,21 @@ fn devices_are_listed_and_a_missing_gpu_has_a_reason() {
     assert_eq!(lines[1], format!("cuda     {}", reason()));
 }
 
+/// Runs the program where the emulator is its driver: loaded first, it is that of any program.
 #[cfg(feature = "cuda")]
-#[test]
-fn a_gpu_is_listed_with_what_it_is_and_refused_for_what_is_missing() {
-    // Loaded first, the emulator is the driver of any program.
+fn run(arguments: &[&str]) -> Ran {
     loramux_emulator::install();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let path = |line: &str| line.find('/').map(|start| line[start..].to_owned());
     let emulator = maps.lines().filter_map(path).find(|path| path.ends_with("/libcuda.so")).unwrap();
-    let run = |arguments: &[&str]| {
-        let mut command = command(arguments);
-        command.env("LD_PRELOAD", &emulator);
-        finish(command)
-    };
+    let mut command = command(arguments);
+    command.env("LD_PRELOAD", &emulator);
+    finish(command)
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn a_gpu_is_listed_with_what_it_is_and_refused_for_what_is_missing() {
     let built = loramux::backend::cuda::KERNELS_BUILT;
 
     let ran = run(&["devices"]);
@@ -76,6 +80,64 @@ fn a_gpu_is_listed_with_what_it_is_and_refused_for_what_is_missing() {
             ran.stderr
         );
     }
+}
+
+/// A trained model answers greedy questions alike on both backends, and `auto` is the GPU where there is one.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_gpu_answers_a_batch_file_as_the_cpu_does() {
+    if !loramux::backend::cuda::KERNELS_BUILT {
+        // Refused, as the test above holds.
+        return;
+    }
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let tasks = ["ticket-routing", "headline-sentiment", "entity-extraction", "general"];
+    let mut lines = Vec::new();
+    for task in tasks {
+        let text = std::fs::read_to_string(examples.join("tasks").join(task).join("test.jsonl")).unwrap();
+        for (index, question) in text.lines().take(3).enumerate() {
+            let question: serde_json::Value = serde_json::from_str(question).unwrap();
+            let message = &question["messages"][0];
+            let body =
+                serde_json::json!({"model": task, "messages": [message], "temperature": 0, "max_tokens": 16});
+            lines.push(line(&format!("{task}-{index}"), body));
+        }
+    }
+    write_lines(&folder.path().join("in"), &lines);
+    let modules: Vec<String> = tasks
+        .iter()
+        .map(|task| format!("{task}={}", examples.join("adapters").join(task).display()))
+        .collect();
+    let model = examples.join("base").display().to_string();
+    let answers = |device: &str, more: &[&str]| {
+        let (input, output) = (path("in"), path(device));
+        let mut arguments = vec!["run-batch", "-i", &input, "-o", &output, "--model", &model];
+        arguments.extend(["--device", device, "--lora-modules"]);
+        arguments.extend(modules.iter().map(String::as_str));
+        arguments.extend(more);
+        let ran = run(&arguments);
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        let answers = read_lines(&folder.path().join(device));
+        answers.iter().map(|answer| answer["response"]["body"]["choices"][0].clone()).collect::<Vec<_>>()
+    };
+    let on_cpu = answers("cpu", &[]);
+    assert_eq!(on_cpu.len(), lines.len());
+    assert_eq!(answers("cuda:0", &[]), on_cpu);
+    // Fewer adapters at a time than the file asks for: they take turns.
+    assert_eq!(answers("auto", &["--max-loras", "2", "--max-lora-rank", "16"]), on_cpu);
+
+    // The note is about the GPU alone.
+    let note = |device: &str| {
+        let llama = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama/model");
+        let (llama, input, output) = (llama.display().to_string(), path("none"), path("nothing"));
+        std::fs::write(&input, "").unwrap();
+        let arguments = ["run-batch", "-i", &input, "-o", &output, "--force", "--model", &llama];
+        run(&[&arguments[..], &["--device", device]].concat()).stderr
+    };
+    assert!(note("auto").contains("weights in F32 are rounded to BF16"), "{}", note("auto"));
+    assert!(!note("cpu").contains("rounded"));
 }
 
 #[test]

@@ -385,3 +385,17 @@ fn a_name_that_could_be_a_path_is_no_adapter_name() {
         assert!(validate_adapter_name(name, "base").is_err(), "{name:?}");
     }
 }
+
+#[test]
+fn adapters_beyond_the_most_that_may_be_loaded_are_refused() {
+    let case = Case::open("llama");
+    let base = Arc::new(Base::open(&case.model()).unwrap());
+    let options = EngineOptions { max_cpu_loras: Some(2), ..EngineOptions::default() };
+    let engine = Engine::start(base, options).unwrap();
+    engine.load_adapter("a", &case.adapter_folder("all-r8")).unwrap();
+    engine.load_adapter("b", &case.adapter_folder("small-qv")).unwrap();
+    let message = engine.load_adapter("c", &case.adapter_folder("pattern")).unwrap_err().to_string();
+    assert!(message.contains("`max-cpu-loras` is 2") && message.contains("`c`"), "{message}");
+    engine.unload_adapter("a").unwrap();
+    engine.load_adapter("c", &case.adapter_folder("pattern")).unwrap();
+}

@@ -149,6 +149,7 @@ impl Decoder {
             let pages = &self.pages[index][..position / PAGE + 1];
             self.rows.push_sequence(&self.tokens[index..=index], position, 0, pages, entries);
         }
+        backend.begin_step(&self.rows).unwrap();
         self.transformer.forward(backend, &self.rows, &mut self.workspace).unwrap();
         self.transformer.logits(backend, &self.rows, &self.picked, &mut self.workspace).unwrap();
         let samplers = &self.samplers;

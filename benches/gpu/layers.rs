@@ -5,19 +5,15 @@
 
 use std::sync::Arc;
 
-use half::bf16;
 use loramux::backend::Gates;
 use loramux::backend::cuda::lora::{
     ChunkArena, ChunkLists, Epilogue, LoraKernels, LowRank, Matrix, Scratch, Site, SiteGroup, Step, WorkList,
 };
 use loramux::backend::cuda::params::{RANK_CHUNK, ROW_TILE};
-use loramux::backend::cuda::{CudaError, Device, DeviceBuffer, Event, Graph, Stream};
-use rayon::prelude::*;
+use loramux::backend::cuda::{CudaError, Device, DeviceBuffer, Element, Graph, Half, Stream};
 
 use super::cases::{Case, Group, Mix, Part, Ranks, Set};
-
-/// Replays that are timed between two waits.
-const REPLAYS: usize = 64;
+use super::device::{Stopwatch, random};
 
 /// Times one batch of rows runs through the layers in a graph: short graphs would time the gaps between them.
 fn rounds(rows: usize) -> usize {
@@ -56,7 +52,7 @@ struct Layer {
     groups: Vec<SiteGroup>,
     /// Inputs of each group, and behind them the outputs of the last. The layer's own input is never written to, so a
     /// layer computes the same however often it runs.
-    activations: Vec<DeviceBuffer<bf16>>,
+    activations: Vec<DeviceBuffer<Half>>,
 }
 
 /// Everything on the GPU.
@@ -70,7 +66,7 @@ pub struct Layers {
     scratch: Scratch,
     work: WorkList,
     bounds: Bounds,
-    events: Vec<Event>,
+    stopwatch: Stopwatch,
 }
 
 impl Layers {
@@ -95,11 +91,11 @@ impl Layers {
         }
         let all: Vec<_> = layers.iter().flat_map(|layer| &layer.groups).collect();
         Ok(Self {
-            kernels: LoraKernels::new(&device)?,
+            kernels: LoraKernels::new(&device, Element::Bf16)?,
             lists: ChunkLists::new(&stream, &all)?,
             scratch: Scratch::new(&stream, &all)?,
             work: WorkList::new(&device, bounds.rows, bounds.entries.max(1))?,
-            events: (0..=REPLAYS).map(|_| device.timing_event()).collect::<Result<_, _>>()?,
+            stopwatch: Stopwatch::new(&device)?,
             groups,
             layers,
             bounds,
@@ -116,14 +112,9 @@ impl Layers {
         self.layers.len()
     }
 
-    /// Bytes per second that a copy within the device reads and writes.
-    pub fn copy_bandwidth(&self, bytes: usize) -> Result<f64, CudaError> {
-        let from = DeviceBuffer::new(&self.device, bytes / 2, "a copy")?;
-        let into = DeviceBuffer::new(&self.device, bytes / 2, "a copy")?;
-        self.stream.upload(&random(bytes / 2, 1.0, 1), &from)?;
-        // SAFETY: both buffers outlive the wait in `time`.
-        let mut times = self.time(20, || unsafe { self.stream.copy_async(&from, &into) })?;
-        Ok(2.0 * bytes as f64 / median(&mut times[2..]))
+    /// The stream that everything is timed on.
+    pub fn stream(&self) -> &Stream {
+        &self.stream
     }
 
     /// Fills all slots of all layers with adapters of these ranks.
@@ -184,10 +175,10 @@ impl Layers {
                 self.launch(layer, at, case.batch.rows, Part::Whole)?;
             }
             let outputs = layer.activations.last().expect("outputs follow the inputs");
-            let mut values = vec![bf16::ZERO; outputs.len()];
+            let mut values = vec![Half::ZERO; outputs.len()];
             self.stream.download(outputs, &mut values)?;
-            let wrong = values.iter().filter(|value| !value.is_finite()).count();
-            let zeros = values.iter().filter(|value| **value == bf16::ZERO).count();
+            let wrong = values.iter().filter(|&&value| !Element::Bf16.to_f32(value).is_finite()).count();
+            let zeros = values.iter().filter(|value| **value == Half::ZERO).count();
             if wrong > 0 || zeros > values.len() / 100 {
                 return Err(CudaError::Shape(format!(
                     "outputs of a layer: of {} values, {wrong} are not finite and {zeros} are zero",
@@ -219,29 +210,7 @@ impl Layers {
     /// Seconds of each of `replays` replays of a graph of this object's.
     pub fn replay(&self, graph: &Graph, replays: usize) -> Result<Vec<f64>, CudaError> {
         // SAFETY: everything that was captured lives in `self`, longer than the wait in `time`.
-        self.time(replays, || unsafe { graph.launch(&self.stream) })
-    }
-
-    /// Seconds between the ends of neighbouring calls of `work`.
-    fn time(
-        &self,
-        times: usize,
-        mut work: impl FnMut() -> Result<(), CudaError>,
-    ) -> Result<Vec<f64>, CudaError> {
-        let mut seconds = Vec::with_capacity(times);
-        while seconds.len() < times {
-            let count = REPLAYS.min(times - seconds.len());
-            self.stream.record(&self.events[0])?;
-            for event in &self.events[1..=count] {
-                work()?;
-                self.stream.record(event)?;
-            }
-            self.stream.synchronize()?;
-            for pair in self.events[..=count].windows(2) {
-                seconds.push(f64::from(pair[0].elapsed_ms(&pair[1])?) / 1e3);
-            }
-        }
-        Ok(seconds)
+        self.stopwatch.time(&self.stream, replays, || unsafe { graph.launch(&self.stream) })
     }
 
     /// Queues the launches of one group.
@@ -279,7 +248,7 @@ impl Layer {
     ) -> Result<Self, CudaError> {
         let device = stream.device();
         let numbers =
-            |len: usize, scale: f32, seed: u64, purpose: &str, same: Option<&DeviceBuffer<bf16>>| {
+            |len: usize, scale: f32, seed: u64, purpose: &str, same: Option<&DeviceBuffer<Half>>| {
                 let buffer = DeviceBuffer::new(device, len, purpose)?;
                 match same {
                     // SAFETY: both buffers outlive the wait.
@@ -302,6 +271,7 @@ impl Layer {
                     bias: None,
                     chunks: ChunkArena::new(
                         stream,
+                        Element::Bf16,
                         [group.in_features, width],
                         bounds.adapters * bounds.chunks_per_adapter,
                         bounds.adapters,
@@ -321,28 +291,7 @@ impl Layer {
     }
 }
 
-/// The middle of `values`.
-pub fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 /// Any order of the adapters that is not the one of their slots.
 fn order_of(slot: u32) -> u64 {
     (u64::from(slot) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
-}
-
-/// Uniform numbers in (-scale, scale), the same for the same seed.
-fn random(len: usize, scale: f32, seed: u64) -> Vec<bf16> {
-    let mut values = vec![bf16::ZERO; len];
-    values.par_chunks_mut(1 << 16).enumerate().for_each(|(chunk, values)| {
-        let mut state = (seed << 32 ^ chunk as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        for value in values {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            *value = bf16::from_f32(((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0) * scale);
-        }
-    });
-    values
 }

@@ -1,7 +1,9 @@
-//! What the bench of the LoRA kernels runs, counts, predicts and notes down.
+//! What the benches on a GPU run, count, predict and note down: of the LoRA kernels here, of whole models in [`model`].
 
 pub mod cases;
 pub mod counts;
+pub mod device;
 pub mod layers;
+pub mod model;
 pub mod prediction;
 pub mod records;

@@ -29,20 +29,20 @@ use super::counts::Counts;
 /// What the predictions are for.
 pub const DEVICE: &str = "H100 SXM";
 
-const MULTIPROCESSORS: usize = 132;
-const MEMORY: f64 = 3.0e12;
-const PEAK: f64 = 989e12;
+pub const MULTIPROCESSORS: usize = 132;
+pub const MEMORY: f64 = 3.0e12;
+pub const PEAK: f64 = 989e12;
 const SHARE_OF_TWO_BLOCKS: f64 = 0.62;
 const SHARE_OF_ONE_BLOCK: f64 = 0.45;
 const DECODE_SHARE: f64 = 0.25;
 const L2_OF_MULTIPROCESSOR: f64 = 80e9;
 const LATENCY: f64 = 0.7e-6;
-const LAUNCH: f64 = 2e-6;
+pub const LAUNCH: f64 = 2e-6;
 const FILL: f64 = 1e-6;
 const WRITE_TILES: f64 = 1e-6;
 
 /// Most rows of a decode product.
-const DECODE_ROWS: usize = 64;
+pub const DECODE_ROWS: usize = 64;
 /// Row tiles that walk along the columns together.
 const BAND: usize = 8;
 

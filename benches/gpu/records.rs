@@ -4,20 +4,13 @@ use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
 use loramux::backend::cuda::Properties;
-use loramux_benches::commit;
 use serde_json::{Value, json};
 
 use super::cases::{Case, Mix, Part, Set};
 use super::counts::Counts;
-use super::layers::median;
+use super::device::{median, peak};
 use super::prediction::{self, predict};
-
-/// The dense bf16 peak of a GPU, in FLOP/s, by its maker's data sheet.
-fn peak(name: &str) -> Option<f64> {
-    let peaks =
-        [("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12), ("A100", 312e12)];
-    peaks.into_iter().find(|(known, _)| name.contains(known)).map(|(_, peak)| peak)
-}
+use crate::commit;
 
 struct Record {
     case: Case,

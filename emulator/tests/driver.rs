@@ -143,12 +143,11 @@ fn tensor_cores_multiply_as_a_loop_does_in_both_types() {
     // Small numbers that both types hold exactly.
     let a: Vec<f32> = (0..16 * 16).map(|i| ((i * 37 % 61) as f32 - 30.0) / 8.0).collect();
     let b: Vec<f32> = (0..8 * 16).map(|i| ((i * 29 % 53) as f32 - 26.0) / 16.0).collect();
-    let of_bf16 = |&value: &f32| bf16::from_f32(value).to_bits();
-    let of_f16 = |&value: &f32| f16::from_f32(value).to_bits();
+    let of_bf16: fn(&f32) -> u16 = |&value| bf16::from_f32(value).to_bits();
+    let of_f16: fn(&f32) -> u16 = |&value| f16::from_f32(value).to_bits();
     for seed in 0..4 {
         loramux_emulator::set_seed(seed);
-        let kernels: [(_, &dyn Fn(&f32) -> u16); 2] = [("test_mma", &of_bf16), ("test_mma_f16", &of_f16)];
-        for (kernel, bits) in kernels {
+        for (kernel, bits) in [("test_mma", of_bf16), ("test_mma_f16", of_f16)] {
             let bits = |values: &[f32]| values.iter().map(bits).collect::<Vec<_>>();
             let (a_bits, b_bits) = (device.upload(&bits(&a)), device.upload(&bits(&b)));
             let sums = device.allocate(16 * 8 * 4);

@@ -72,6 +72,15 @@ pub enum SiteChange {
     Replace(Tensor),
 }
 
+/// Where an expert changes something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SitePlace {
+    /// The embedding table; an expert's A is `[rank, vocabulary]` there.
+    Table,
+    /// By the numbers of the group, and of the site in it.
+    Group(usize, usize),
+}
+
 /// A frozen linear layer: weight `[out, in]` and optional bias `[out]`.
 pub struct FrozenLinear<B: Backend> {
     pub weight: B::Weight,
@@ -167,6 +176,10 @@ pub trait Backend: Sized + Send + 'static {
     type Rotary: Send + Sync;
     /// Keys and values of all blocks, in pages of [`PAGE`] tokens.
     type KvCache: Send;
+    /// Lays experts out.
+    type Loader: Send + Sync + 'static;
+    /// An expert as laid out.
+    type Expert: Send + 'static;
     /// Operations as [`record`](Self::record) keeps them.
     type Recorded: Default + Send;
 
@@ -204,20 +217,23 @@ pub trait Backend: Sized + Send + 'static {
         Ok(())
     }
 
-    /// Makes `change` the content of `slot` at one site of the group.
-    fn load_expert(
+    /// What lays experts out for these groups and this table; it works on any thread.
+    fn loader(&self, groups: &[Self::Group], table: &Self::Table) -> Result<Self::Loader, BackendError>;
+    /// Lays out what an expert changes, each place once: all the work of loading it that steps need not wait for.
+    ///
+    /// # Errors
+    /// When a change does not fit its place, or there is no memory.
+    fn lay_out(
+        loader: &Self::Loader,
+        changes: Vec<(SitePlace, SiteChange)>,
+    ) -> Result<Self::Expert, BackendError>;
+    /// Makes what has been laid out for these groups and this table the content of `slot`, which is empty.
+    fn insert_expert(
         &mut self,
-        group: &mut Self::Group,
-        site: usize,
-        slot: usize,
-        change: &SiteChange,
-    ) -> Result<(), BackendError>;
-    /// Makes `change` the content of `slot`; its A is `[rank, vocabulary]`.
-    fn load_table_expert(
-        &mut self,
+        groups: &mut [Self::Group],
         table: &mut Self::Table,
         slot: usize,
-        change: &SiteChange,
+        expert: Self::Expert,
     ) -> Result<(), BackendError>;
     /// Empties `slot` everywhere.
     fn unload_expert(
@@ -237,6 +253,10 @@ pub trait Backend: Sized + Send + 'static {
 
     /// Takes the rows of the next step. All experts that they use have been brought.
     fn begin_step(&mut self, _rows: &Rows) -> Result<(), BackendError> {
+        Ok(())
+    }
+    /// Takes the tokens of a step that has begun without knowing them.
+    fn set_tokens(&mut self, _tokens: &[u32]) -> Result<(), BackendError> {
         Ok(())
     }
 

@@ -144,9 +144,9 @@ pub(crate) struct EngineArgs {
     /// Most sequences in one step
     #[arg(long, env = "LORAMUX_MAX_NUM_SEQS", default_value_t = EngineOptions::default().max_num_seqs, value_name = "N")]
     max_num_seqs: usize,
-    /// Most rows (tokens) in one step; longer prompts run in pieces
-    #[arg(long, env = "LORAMUX_MAX_NUM_BATCHED_TOKENS", default_value_t = EngineOptions::default().max_num_batched_tokens, value_name = "N")]
-    max_num_batched_tokens: usize,
+    /// Most rows (tokens) in one step; longer prompts run in pieces [default: 512; on a GPU 2048]
+    #[arg(long, env = "LORAMUX_MAX_NUM_BATCHED_TOKENS", value_name = "N")]
+    max_num_batched_tokens: Option<usize>,
     /// Most tokens of a prompt and its continuation [default: the model's context]
     #[arg(long, env = "LORAMUX_MAX_MODEL_LEN", value_name = "N")]
     max_model_len: Option<usize>,
@@ -176,12 +176,13 @@ impl EngineArgs {
     /// # Errors
     /// When the model cannot run where it is asked to.
     pub fn options(&self) -> Result<EngineOptions, Failure> {
+        let usual = EngineOptions::on(self.device.choose()?);
         Ok(EngineOptions {
-            device: self.device.choose()?,
+            device: usual.device,
             dtype: self.dtype.dtype(),
             threads: self.threads,
             max_num_seqs: self.max_num_seqs,
-            max_num_batched_tokens: self.max_num_batched_tokens,
+            max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(usual.max_num_batched_tokens),
             max_model_len: self.max_model_len,
             max_loras: self.max_loras,
             max_cpu_loras: self.max_cpu_loras,

@@ -13,6 +13,7 @@ mod stop;
 mod stream;
 mod worker;
 
+use std::any::Any;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
@@ -26,7 +27,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Element};
 use crate::backend::{Backend, BackendError};
 use crate::mixture::MixtureError;
-use crate::model::{Base, BaseError, ModelError};
+use crate::model::{AdapterLoader, Base, BaseError, ModelError};
 use request::{Event, Request};
 use worker::Worker;
 
@@ -128,9 +129,20 @@ impl AdapterCard {
     }
 }
 
+/// An adapter as the engine's backend takes it.
+struct LaidOut {
+    /// The backend's `Expert`: the engine does not know its backend by type.
+    expert: Box<dyn Any + Send>,
+    /// Whether it may be one of several.
+    mixable: bool,
+}
+
+/// Lays adapters out on the thread that brings them, so that no step waits for that.
+type LayOut = Box<dyn Fn(&Adapter) -> Result<LaidOut, EngineError> + Send + Sync>;
+
 enum Command {
     Submit { request: Arc<Request>, events: Sender<Event>, cancelled: Arc<AtomicBool> },
-    Load { name: String, adapter: Adapter, reply: Sender<Result<(), EngineError>> },
+    Load { name: String, adapter: LaidOut, reply: Sender<Result<(), EngineError>> },
     Unload { name: String, reply: Sender<Result<(), EngineError>> },
 }
 
@@ -139,6 +151,7 @@ pub struct Engine {
     base: Arc<Base>,
     options: EngineOptions,
     max_model_len: usize,
+    lay_out: LayOut,
     commands: Option<Sender<Command>>,
     thread: Option<JoinHandle<()>>,
     stats: Arc<Stats>,
@@ -195,17 +208,22 @@ impl Engine {
                         Ok(built) => built,
                         Err(error) => return drop(ready.send(Err(error))),
                     };
-                    if ready.send(Ok(worker.max_model_len())).is_ok() {
+                    let lay_out = match worker.loader(&backend) {
+                        Ok(loader) => lay_out_by(loader, base),
+                        Err(error) => return drop(ready.send(Err(error.into()))),
+                    };
+                    if ready.send(Ok((worker.max_model_len(), lay_out))).is_ok() {
                         backend.scope(move |backend| run(&mut worker, backend, &inbox));
                     }
                 }
             })
             .map_err(|error| BackendError::Threads(error.to_string()))?;
-        let max_model_len = started.recv().map_err(|_| EngineError::Stopped)??;
+        let (max_model_len, lay_out) = started.recv().map_err(|_| EngineError::Stopped)??;
         Ok(Self {
             base,
             options,
             max_model_len,
+            lay_out,
             commands: Some(commands),
             thread: Some(thread),
             stats,
@@ -254,6 +272,7 @@ impl Engine {
     fn insert(&self, name: &str, root: Option<&Path>, adapter: Adapter) -> Result<AdapterCard, EngineError> {
         let card = AdapterCard::new(name, root, &adapter);
         let (reply, answer) = channel();
+        let adapter = (self.lay_out)(&adapter)?;
         self.send(Command::Load { name: name.to_owned(), adapter, reply })?;
         answer.recv().map_err(|_| EngineError::Stopped)??;
         self.lock_adapters().push(card.clone());
@@ -316,6 +335,13 @@ impl Drop for Engine {
     }
 }
 
+fn lay_out_by<B: Backend>(loader: AdapterLoader<B>, base: Arc<Base>) -> LayOut {
+    Box::new(move |adapter| {
+        let expert = Box::new(loader.lay_out(adapter, &base.checkpoint)?);
+        Ok(LaidOut { expert, mixable: adapter.saved_modules.is_empty() })
+    })
+}
+
 /// The engine's thread: obey all commands that have come, then compute a step; sleep when there is nothing to do.
 fn run<B: Backend>(worker: &mut Worker<B>, backend: &mut B, inbox: &Receiver<Command>) {
     loop {
@@ -341,7 +367,7 @@ fn obey<B: Backend>(worker: &mut Worker<B>, backend: &mut B, command: Command) {
     match command {
         Command::Submit { request, events, cancelled } => worker.submit(&request, &events, &cancelled),
         Command::Load { name, adapter, reply } => {
-            reply.send(worker.load_adapter(backend, &name, &adapter)).ok();
+            reply.send(worker.load_adapter(backend, &name, adapter)).ok();
         }
         Command::Unload { name, reply } => {
             reply.send(worker.unload_adapter(backend, &name)).ok();

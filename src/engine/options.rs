@@ -76,6 +76,15 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
+    /// What is usual on a device: steps of more rows on a GPU, which needs them to be busy.
+    pub fn on(device: Device) -> Self {
+        let max_num_batched_tokens = match device {
+            Device::Cpu => 512,
+            Device::Cuda(_) => 2048,
+        };
+        Self { device, max_num_batched_tokens, ..Self::default() }
+    }
+
     /// # Errors
     /// Naming the option that is out of range.
     pub fn check(&self, config: &ModelConfig) -> Result<(), EngineError> {
@@ -164,6 +173,20 @@ impl EngineOptions {
         let bytes = self.kv_cache_bytes.or(room).unwrap_or(CPU_CACHE_BYTES);
         let page = config.num_layers * 2 * config.num_kv_heads * config.head_dim * PAGE * element_bytes;
         let pages = bytes / page;
+        // Where nothing was said, the GPU's share is what the cache has to do with.
+        if self.kv_cache_bytes.is_none()
+            && room.is_some()
+            && pages < self.max_model_len.unwrap_or(1).div_ceil(PAGE)
+        {
+            return Err(EngineError::Option {
+                option: "gpu-memory-utilization",
+                found: self.gpu_memory_utilization.to_string(),
+                wanted: format!(
+                    "more, or other options smaller: weights, adapters and steps leave {bytes} bytes for the KV cache, \
+                     of which {PAGE} tokens take {page}"
+                ),
+            });
+        }
         if pages == 0 {
             return Err(EngineError::Option {
                 option: "kv-cache-memory-bytes",

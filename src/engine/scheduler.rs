@@ -43,6 +43,8 @@ pub(super) struct Scheduler {
     adapters: Vec<u32>,
     reserved: Vec<u32>,
     wanted: Vec<u32>,
+    /// How often sequences have come, gone or been thrown out.
+    changes: u64,
 }
 
 impl Scheduler {
@@ -57,11 +59,18 @@ impl Scheduler {
             adapters: Vec::new(),
             reserved: Vec::new(),
             wanted: Vec::new(),
+            changes: 0,
         }
     }
 
     pub fn push(&mut self, sequence: Sequence) {
+        self.changes += 1;
         self.waiting.push_back(sequence);
+    }
+
+    /// A number that is another one once sequences have come, gone or been thrown out.
+    pub fn changes(&self) -> u64 {
+        self.changes
     }
 
     pub fn waiting(&self) -> usize {
@@ -82,6 +91,7 @@ impl Scheduler {
         let mut index = 0;
         while index < self.running.len() {
             if leaves(&self.running[index]) {
+                self.changes += 1;
                 let mut sequence = self.running.remove(index);
                 self.pool.release(&mut sequence.pages);
                 left(sequence);
@@ -133,6 +143,47 @@ impl Scheduler {
         self.lay_out(rows, picks);
     }
 
+    /// Plans the step after one whose tokens are still being drawn, as far as it can be known: where every sequence draws
+    /// one, `ends` says of none that it is the last, and nobody waits. Says whether it has.
+    ///
+    /// While [`changes`](Self::changes) stays the same that step can run, with the tokens that
+    /// [`name_tokens`](Self::name_tokens) puts in.
+    pub fn plan_ahead(
+        &mut self,
+        rows: &mut Rows,
+        picks: &mut Vec<Pick>,
+        ends: impl Fn(&Sequence) -> bool,
+    ) -> bool {
+        let all_drawing = self.running.iter().all(|sequence| sequence.remaining() == 0 && !ends(sequence));
+        if !all_drawing || !self.waiting.is_empty() || self.running.len() > self.limits.rows {
+            return false;
+        }
+        for sequence in &mut self.running {
+            let length = sequence.tokens.len() + 1;
+            if self.rope.variant_for(length) != sequence.rotary_variant
+                || !self.pool.grow(&mut sequence.pages, length.div_ceil(PAGE))
+            {
+                return false;
+            }
+        }
+        for sequence in &mut self.running {
+            sequence.planned = 1;
+            sequence.tokens.push(0);
+        }
+        self.lay_out(rows, picks);
+        for sequence in &mut self.running {
+            sequence.tokens.pop();
+        }
+        true
+    }
+
+    /// Puts the newest token of every sequence into the rows that were planned ahead.
+    pub fn name_tokens(&self, rows: &mut Rows) {
+        for (row, &index) in rows.tokens.iter_mut().zip(&self.order) {
+            *row = *self.running[index].tokens.last().expect("a sequence that runs has tokens");
+        }
+    }
+
     /// Plans rows of a running sequence, taking pages from the newest sequences when there are none left.
     fn plan_running(&mut self, index: usize, budget: &mut usize) {
         let count = self.running[index].remaining().min(*budget);
@@ -140,6 +191,7 @@ impl Scheduler {
         while !self.pool.grow(&mut self.running[index].pages, wanted) {
             // The oldest sequence always finds room: an engine's cache holds at least one sequence of full length.
             let Some(mut newest) = self.running.pop() else { return };
+            self.changes += 1;
             newest.report();
             *budget += newest.planned;
             newest.planned = 0;

@@ -114,6 +114,18 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
+    /// Whether the next token is the last, whatever it is.
+    pub fn ends_with_next(&self, rules: &EndRules) -> bool {
+        self.is_full(1, rules)
+    }
+
+    /// Whether there is no room for more after `coming` further tokens.
+    fn is_full(&self, coming: usize, rules: &EndRules) -> bool {
+        let most = self.request.stop.max_tokens;
+        most.is_some_and(|most| self.generated() + coming >= most)
+            || self.tokens.len() + coming >= rules.max_model_len
+    }
+
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
     }
@@ -187,10 +199,7 @@ impl Sequence {
         if stop.stop_token_ids.contains(&token) {
             return Some(FinishReason::StopToken(token));
         }
-        let generated = self.generated();
-        let full =
-            stop.max_tokens.is_some_and(|most| generated >= most) || self.tokens.len() >= rules.max_model_len;
-        full.then_some(FinishReason::Length)
+        self.is_full(0, rules).then_some(FinishReason::Length)
     }
 
     /// Reports the newest token, unless that has been done.

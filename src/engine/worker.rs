@@ -8,12 +8,12 @@ use std::time::Duration;
 use super::request::{Event, Request};
 use super::scheduler::{Pick, Scheduler, StepLimits};
 use super::sequence::{EndRules, NewSequence, Progress, Sequence};
-use super::{EngineError, EngineOptions, Stats};
-use crate::adapter::{Adapter, AdapterStore};
+use super::{EngineError, EngineOptions, LaidOut, Stats};
+use crate::adapter::AdapterStore;
 use crate::backend::sampling::{Draw, Drawn};
 use crate::backend::{Backend, BackendError, PAGE, Rows};
 use crate::mixture::Mixture;
-use crate::model::{Base, Transformer, Workspace, WorkspaceSize};
+use crate::model::{AdapterLoader, Base, Transformer, Workspace, WorkspaceSize};
 
 /// How long to wait when nothing can run before an adapter has been copied.
 const WAIT_FOR_EXPERTS: Duration = Duration::from_micros(50);
@@ -38,6 +38,10 @@ pub(super) struct Worker<B: Backend> {
 struct Step {
     rows: Rows,
     picks: Vec<Pick>,
+    /// The next step where it has been planned ahead, and the scheduler's changes until then.
+    next_rows: Rows,
+    next_picks: Vec<Pick>,
+    ahead: Option<u64>,
     /// Rows of the picks whose logits are computed together.
     picked: Vec<u32>,
     /// What to do with their logits; empty between steps.
@@ -100,16 +104,16 @@ impl<B: Backend> Worker<B> {
         self.rules.max_model_len
     }
 
+    /// What lays adapters out for this worker.
+    pub fn loader(&self, backend: &B) -> Result<AdapterLoader<B>, BackendError> {
+        self.transformer.loader(backend)
+    }
+
     /// Makes an adapter resident under a name.
     ///
     /// # Errors
     /// When the name is taken or the backend has no room.
-    pub fn load_adapter(
-        &mut self,
-        backend: &mut B,
-        name: &str,
-        adapter: &Adapter,
-    ) -> Result<(), EngineError> {
+    pub fn load_adapter(&mut self, backend: &mut B, name: &str, adapter: LaidOut) -> Result<(), EngineError> {
         if self.adapters.len() >= self.max_adapters {
             return Err(EngineError::Option {
                 option: "max-cpu-loras",
@@ -117,8 +121,9 @@ impl<B: Backend> Worker<B> {
                 wanted: format!("more, to load `{name}` beside the adapters that are loaded"),
             });
         }
-        let slot = self.adapters.insert(name, adapter.saved_modules.is_empty())?;
-        if let Err(error) = self.transformer.load_adapter(backend, slot, adapter, &self.base.checkpoint) {
+        let expert = adapter.expert.downcast::<B::Expert>().expect("laid out for this engine's backend");
+        let slot = self.adapters.insert(name, adapter.mixable)?;
+        if let Err(error) = self.transformer.insert_adapter(backend, slot, *expert) {
             self.adapters.remove(name)?;
             return Err(error.into());
         }
@@ -174,12 +179,19 @@ impl<B: Backend> Worker<B> {
         self.drop_cancelled(backend);
         let Self { scheduler, step, .. } = self;
         step.refused.clear();
-        scheduler.plan(&mut step.rows, &mut step.picks, |id, wanted, kept| {
-            backend.bring_experts(wanted, kept).unwrap_or_else(|error| {
-                step.refused.push((id, error));
-                false
-            })
-        });
+        let begun = step.ahead.take() == Some(scheduler.changes());
+        if begun {
+            std::mem::swap(&mut step.rows, &mut step.next_rows);
+            std::mem::swap(&mut step.picks, &mut step.next_picks);
+            scheduler.name_tokens(&mut step.rows);
+        } else {
+            scheduler.plan(&mut step.rows, &mut step.picks, |id, wanted, kept| {
+                backend.bring_experts(wanted, kept).unwrap_or_else(|error| {
+                    step.refused.push((id, error));
+                    false
+                })
+            });
+        }
         for (id, error) in std::mem::take(&mut self.step.refused) {
             error.end_process_if_lost();
             self.fail(backend, &error, |sequence| sequence.id == id);
@@ -190,16 +202,21 @@ impl<B: Backend> Worker<B> {
             }
             return;
         }
-        if let Err(error) = self.compute(backend) {
+        if let Err(error) = self.compute(backend, begun) {
             error.end_process_if_lost();
             self.fail(backend, &error, |sequence| sequence.planned > 0);
         }
     }
 
-    /// Runs the planned rows and hands their tokens to the sequences.
-    fn compute(&mut self, backend: &mut B) -> Result<(), BackendError> {
+    /// Runs the planned rows, which may have `begun` already, and hands their tokens to the sequences.
+    fn compute(&mut self, backend: &mut B, begun: bool) -> Result<(), BackendError> {
         let Self { scheduler, step, transformer, workspace, rules, stats, .. } = self;
         stats.count_step(&step.rows, scheduler);
+        if begun {
+            backend.set_tokens(&step.rows.tokens)?;
+        } else {
+            backend.begin_step(&step.rows)?;
+        }
         transformer.forward(backend, &step.rows, workspace)?;
         for sequence in &mut scheduler.running {
             sequence.computed += sequence.planned;
@@ -209,8 +226,17 @@ impl<B: Backend> Worker<B> {
             step.picked.clear();
             step.picked.extend(picks.iter().map(|pick| pick.row));
             transformer.logits(backend, &step.rows, &step.picked, workspace)?;
-            // The tokens of the step before, while a device is busy with this one.
-            scheduler.running.iter_mut().for_each(Sequence::report);
+            if B::QUEUES {
+                // While the device is busy: the tokens of the step before, and the lists of the next.
+                scheduler.running.iter_mut().for_each(Sequence::report);
+                let ends = |sequence: &Sequence| sequence.ends_with_next(rules);
+                if picks.len() == step.picks.len()
+                    && scheduler.plan_ahead(&mut step.next_rows, &mut step.next_picks, ends)
+                {
+                    backend.begin_step(&step.next_rows)?;
+                    step.ahead = Some(scheduler.changes());
+                }
+            }
             let mut draws: Vec<Draw<'_>> = std::mem::take(&mut step.draws);
             for (row, pick) in picks.iter().enumerate() {
                 draws.push(scheduler.running[pick.sequence].draw(row, pick.prompt_position));

@@ -20,7 +20,7 @@ pub use family::Family;
 pub use rope::{RopeConfig, RopeScaling};
 pub use sites::{BlockNorms, BlockSites, ModelSites};
 pub use tokenizer::{Tokenizer, TokenizerError};
-pub use transformer::{Transformer, Weights, Workspace, WorkspaceSize};
+pub use transformer::{AdapterLoader, Transformer, Weights, Workspace, WorkspaceSize};
 
 use crate::format::FormatError;
 

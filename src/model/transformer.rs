@@ -10,7 +10,7 @@ use super::sites::{BlockNorms, BlockSites};
 use super::{ModelConfig, ModelError, ModelSites};
 use crate::adapter::Adapter;
 use crate::backend::{
-    AttentionShape, Backend, BackendError, FrozenLinear, Gates, HeadNorms, Rows, StepLimits, Write,
+    AttentionShape, Backend, BackendError, FrozenLinear, Gates, HeadNorms, Rows, SitePlace, StepLimits, Write,
 };
 use crate::tensor::Tensor;
 
@@ -35,19 +35,29 @@ pub struct Transformer<B: Backend> {
     embed_tokens: B::Table,
     groups: Vec<B::Group>,
     /// By site id.
-    places: Vec<Place>,
+    places: Vec<SitePlace>,
     blocks: Vec<Block<B>>,
     final_norm: B::Vector,
     lm_head: usize,
     rotary: B::Rotary,
 }
 
-/// Where a site is.
-#[derive(Clone, Copy)]
-enum Place {
-    EmbedTokens,
-    /// Number of the group, and of the site in it.
-    Group(usize, usize),
+/// Lays out adapters for a transformer; see [`Transformer::loader`].
+pub struct AdapterLoader<B: Backend> {
+    places: Vec<SitePlace>,
+    loader: B::Loader,
+}
+
+impl<B: Backend> AdapterLoader<B> {
+    /// What an adapter changes, as the backend takes it; `weights` are the base's own.
+    ///
+    /// # Errors
+    /// When a frozen tensor cannot be read, or the backend has no room.
+    pub fn lay_out(&self, adapter: &Adapter, weights: &impl Weights) -> Result<B::Expert, ModelError> {
+        let changes = adapter.changes(|site| weights.site_weight(site), |site| weights.site_bias(site))?;
+        let placed = changes.into_iter().map(|(site, change)| (self.places[site], change));
+        Ok(B::lay_out(&self.loader, placed.collect())?)
+    }
 }
 
 /// One decoder block, with the numbers of its groups.
@@ -69,7 +79,7 @@ struct Build<'a, B: Backend, W> {
     weights: &'a W,
     embedding: B::Weight,
     groups: Vec<B::Group>,
-    places: Vec<Place>,
+    places: Vec<SitePlace>,
 }
 
 impl<B: Backend, W: Weights> Build<'_, B, W> {
@@ -81,7 +91,7 @@ impl<B: Backend, W: Weights> Build<'_, B, W> {
     fn group(&mut self, sites: &[usize]) -> Result<usize, ModelError> {
         let mut frozen = Vec::new();
         for (index, &id) in sites.iter().enumerate() {
-            self.places[id] = Place::Group(self.groups.len(), index);
+            self.places[id] = SitePlace::Group(self.groups.len(), index);
             let shared = id == self.weights.sites().lm_head && self.config.tie_word_embeddings;
             let weight = match shared {
                 true => self.embedding.clone(),
@@ -171,7 +181,7 @@ impl<B: Backend> Transformer<B> {
     ) -> Result<Self, ModelError> {
         let table = weights.sites();
         let embedding = backend.weight(&weights.site_weight(table.embed_tokens)?)?;
-        let places = vec![Place::EmbedTokens; table.table.iter().count()];
+        let places = vec![SitePlace::Table; table.table.iter().count()];
         let mut build = Build { backend, config, weights, embedding, groups: Vec::new(), places };
         let blocks = (table.blocks.iter().zip(&table.norms).zip(&config.windows))
             .map(|((sites, norms), &window)| build.block(sites, norms, window))
@@ -251,7 +261,33 @@ impl<B: Backend> Transformer<B> {
         })
     }
 
-    /// Makes an adapter the content of an expert slot at all its sites; `weights` are the base's own.
+    /// What lays adapters out for this transformer, on any thread.
+    ///
+    /// # Errors
+    /// When the backend fails.
+    pub fn loader(&self, backend: &B) -> Result<AdapterLoader<B>, BackendError> {
+        let loader = backend.loader(&self.groups, &self.embed_tokens)?;
+        Ok(AdapterLoader { places: self.places.clone(), loader })
+    }
+
+    /// Makes an adapter that has been laid out the content of an empty expert slot.
+    ///
+    /// # Errors
+    /// When the backend fails; the slot is empty then.
+    pub fn insert_adapter(
+        &mut self,
+        backend: &mut B,
+        slot: usize,
+        expert: B::Expert,
+    ) -> Result<(), BackendError> {
+        let inserted = backend.insert_expert(&mut self.groups, &mut self.embed_tokens, slot, expert);
+        if inserted.is_err() {
+            self.unload_adapter(backend, slot)?;
+        }
+        inserted
+    }
+
+    /// Lays an adapter out and makes it the content of an empty expert slot; `weights` are the base's own.
     ///
     /// # Errors
     /// When a frozen tensor cannot be read or the backend has no room; the slot is empty then.
@@ -262,20 +298,8 @@ impl<B: Backend> Transformer<B> {
         adapter: &Adapter,
         weights: &impl Weights,
     ) -> Result<(), ModelError> {
-        let changes = adapter.changes(|site| weights.site_weight(site), |site| weights.site_bias(site))?;
-        for (site, change) in changes {
-            let loaded = match self.places[site] {
-                Place::EmbedTokens => backend.load_table_expert(&mut self.embed_tokens, slot, &change),
-                Place::Group(group, index) => {
-                    backend.load_expert(&mut self.groups[group], index, slot, &change)
-                }
-            };
-            if let Err(error) = loaded {
-                self.unload_adapter(backend, slot)?;
-                return Err(error.into());
-            }
-        }
-        Ok(())
+        let expert = self.loader(backend)?.lay_out(adapter, weights)?;
+        Ok(self.insert_adapter(backend, slot, expert)?)
     }
 
     /// Empties an expert slot.
@@ -286,7 +310,8 @@ impl<B: Backend> Transformer<B> {
         backend.unload_expert(&mut self.groups, &mut self.embed_tokens, slot)
     }
 
-    /// Runs all blocks over the step's rows, storing their keys and values; the hidden states stay in `workspace`.
+    /// Runs all blocks over the rows of the step that the backend has [begun](Backend::begin_step), storing their keys and
+    /// values; the hidden states stay in `workspace`.
     ///
     /// # Errors
     /// When the backend fails; the sequences of the step cannot go on then.
@@ -302,7 +327,6 @@ impl<B: Backend> Transformer<B> {
         assert!(Arc::ptr_eq(&self.identity, &workspace.transformer), "a workspace of another transformer");
         let Workspace { hidden, normed, qkv, context, gated, cache, recorded, .. } = workspace;
         let (count, epsilon, gates) = (rows.len(), self.config.rms_norm_eps, &rows.gates);
-        backend.begin_step(rows)?;
         backend.embed(&self.embed_tokens, rows, hidden)?;
         backend.record(recorded, |backend| {
             for (index, block) in self.blocks.iter().enumerate() {

@@ -49,6 +49,7 @@ pub fn logits<B: Backend>(
     let mut workspace = transformer.workspace(backend, size, |_| Ok::<_, BackendError>(pages)).unwrap();
     let picked: Vec<u32> = (0..rows.len() as u32).collect();
     backend.scope(|backend| {
+        backend.begin_step(&rows).unwrap();
         transformer.forward(backend, &rows, &mut workspace).unwrap();
         transformer.logits(backend, &rows, &picked, &mut workspace).unwrap();
         let all = backend.read(workspace.logits(), rows.len()).unwrap();

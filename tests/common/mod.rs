@@ -5,7 +5,7 @@ pub mod forward;
 pub mod program;
 pub mod traffic;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use loramux::format::safetensors::SafetensorsFile;
 use serde_json::Value;
@@ -24,7 +24,7 @@ pub struct Case {
 
 impl Case {
     pub fn open(family: &str) -> Self {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family);
+        let folder = repository().join("tests/golden").join(family);
         let text = std::fs::read_to_string(folder.join("forward.json")).unwrap();
         let logits = SafetensorsFile::open(&folder.join("forward.safetensors")).unwrap();
         Self { forward: serde_json::from_str(&text).unwrap(), logits, folder }
@@ -58,6 +58,12 @@ impl Case {
         let name = format!("logits.{adapter}.{prompt}");
         self.logits.contains(&name).then(|| self.logits.tensor(&name).unwrap().to_f32())
     }
+}
+
+/// Where the repository is: `cargo` says so at run time too, and `scripts/gpu.sh` where tests run on another machine than
+/// they were built on.
+pub fn repository() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
 }
 
 pub fn ids(value: &Value) -> Vec<u32> {

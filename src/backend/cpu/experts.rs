@@ -12,7 +12,9 @@ pub struct Experts {
 }
 
 /// What one expert changes at a site.
-pub(super) enum Expert {
+pub struct Expert(pub(super) Change);
+
+pub(super) enum Change {
     LowRank(LowRank),
     Replace(Tensor),
 }
@@ -35,15 +37,11 @@ impl Experts {
         Self { in_features, out_features, slots: Vec::new() }
     }
 
-    pub(super) fn get(&self, slot: u32) -> Option<&Expert> {
-        self.slots.get(slot as usize).and_then(Option::as_ref)
+    pub(super) fn get(&self, slot: u32) -> Option<&Change> {
+        self.slots.get(slot as usize).and_then(Option::as_ref).map(|expert| &expert.0)
     }
 
-    pub(super) fn load(&mut self, slot: usize, change: &SiteChange) {
-        let expert = match change {
-            SiteChange::LowRank(weights) => Expert::LowRank(LowRank::new(weights, self.out_features)),
-            SiteChange::Replace(weight) => Expert::Replace(weight.clone()),
-        };
+    pub(super) fn insert(&mut self, slot: usize, expert: Expert) {
         if self.slots.len() <= slot {
             self.slots.resize_with(slot + 1, || None);
         }
@@ -54,6 +52,16 @@ impl Experts {
         if let Some(entry) = self.slots.get_mut(slot) {
             *entry = None;
         }
+    }
+}
+
+impl Expert {
+    /// For a site with outputs `[out_features]`.
+    pub(super) fn new(change: &SiteChange, out_features: usize) -> Self {
+        Self(match change {
+            SiteChange::LowRank(weights) => Change::LowRank(LowRank::new(weights, out_features)),
+            SiteChange::Replace(weight) => Change::Replace(weight.clone()),
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::experts::{Expert, LowRank};
+use super::experts::{Change, LowRank};
 use super::gemm::{Block, ChunkB, Correction, RunTerms, Terms, compute_block};
 use super::parallel::{Shared, parallel_for};
 use super::{Buffer, Cpu, Site};
@@ -126,7 +126,7 @@ fn list_terms(site: &Site, gates: &Gates, terms: &mut Terms, shrinks: &mut Vec<S
         let experts = gates.experts_of(run);
         let row_gates = gates.gates_of(run, run.rows.start).as_ptr();
         let low_rank = |(index, &slot)| match site.experts.get(slot) {
-            Some(Expert::LowRank(expert)) => Some((index, expert)),
+            Some(Change::LowRank(expert)) => Some((index, expert)),
             _ => None,
         };
         let chunks: usize = experts.iter().enumerate().filter_map(low_rank).map(|(_, e)| e.chunks()).sum();
@@ -227,7 +227,7 @@ unsafe fn run_shrink(isa: super::Isa, shrink: &Shrink, x: *const f32, x_stride: 
 fn list_tasks(index: usize, site: &Site, gates: &Gates, tasks: &mut Vec<Task>) {
     let replaced = |experts: &[u32]| {
         experts.iter().find_map(|&slot| match site.experts.get(slot) {
-            Some(Expert::Replace(weight)) => Some(weight),
+            Some(Change::Replace(weight)) => Some(weight),
             _ => None,
         })
     };
@@ -265,7 +265,7 @@ pub(super) fn embed(table: &Site, rows: &crate::backend::Rows, y: &mut Buffer) {
     for run in rows.gates.runs() {
         let experts = rows.gates.experts_of(run);
         let replaced = experts.iter().find_map(|&slot| match table.experts.get(slot) {
-            Some(Expert::Replace(weight)) => Some(weight),
+            Some(Change::Replace(weight)) => Some(weight),
             _ => None,
         });
         for row in run.rows.clone() {
@@ -273,7 +273,7 @@ pub(super) fn embed(table: &Site, rows: &crate::backend::Rows, y: &mut Buffer) {
             let to = &mut y.data[row * width..(row + 1) * width];
             copy_row(replaced.unwrap_or(&table.weight), token, to);
             for (&slot, gate) in experts.iter().zip(rows.gates.gates_of(run, row)) {
-                if let Some(Expert::LowRank(expert)) = table.experts.get(slot) {
+                if let Some(Change::LowRank(expert)) = table.experts.get(slot) {
                     add_lookup(expert, token, gate * expert.scale, to);
                 }
             }

@@ -15,10 +15,11 @@ use std::sync::Arc;
 use crate::backend::sampling::{Draw, Drawn};
 use crate::backend::{
     AttentionShape, Backend, BackendError, FrozenLinear, Gates, HeadNorms, RotaryTables, Rows, SiteChange,
-    Write,
+    SitePlace, Write,
 };
 use crate::tensor::Tensor;
 
+pub use experts::Expert;
 use experts::Experts;
 pub use kv_cache::KvCache;
 pub use simd::Isa;
@@ -73,8 +74,29 @@ pub struct Site {
     experts: Experts,
 }
 
+impl Site {
+    /// Makes `change` the content of `slot`.
+    pub fn load(&mut self, slot: usize, change: &SiteChange) {
+        let expert = Expert::new(change, self.experts.out_features);
+        self.experts.insert(slot, expert);
+    }
+}
+
 /// The sites of a group.
 pub struct Group(Vec<Site>);
+
+impl Group {
+    /// A site of the group.
+    pub fn site_mut(&mut self, site: usize) -> &mut Site {
+        &mut self.0[site]
+    }
+}
+
+/// Output widths of all sites: what an expert is laid out by.
+pub struct Widths {
+    groups: Vec<Vec<usize>>,
+    table: usize,
+}
 
 /// Activations `[capacity, width]` in f32.
 #[derive(Default)]
@@ -102,6 +124,8 @@ impl Backend for Cpu {
     type Table = Site;
     type Rotary = RotaryTables;
     type KvCache = KvCache;
+    type Loader = Widths;
+    type Expert = Vec<(SitePlace, Expert)>;
     type Recorded = ();
 
     fn scope<R: Send>(&mut self, work: impl FnOnce(&mut Self) -> R + Send) -> R {
@@ -135,24 +159,42 @@ impl Backend for Cpu {
         Ok(Site { weight, bias: None, experts: Experts::new(vocabulary, width) })
     }
 
-    fn load_expert(
-        &mut self,
-        group: &mut Group,
-        site: usize,
-        slot: usize,
-        change: &SiteChange,
-    ) -> Result<(), BackendError> {
-        group.0[site].experts.load(slot, change);
-        Ok(())
+    fn loader(&self, groups: &[Group], table: &Site) -> Result<Widths, BackendError> {
+        let widths = |site: &Site| site.experts.out_features;
+        Ok(Widths {
+            groups: groups.iter().map(|group| group.0.iter().map(widths).collect()).collect(),
+            table: widths(table),
+        })
     }
 
-    fn load_table_expert(
+    fn lay_out(
+        widths: &Widths,
+        changes: Vec<(SitePlace, SiteChange)>,
+    ) -> Result<Vec<(SitePlace, Expert)>, BackendError> {
+        let laid_out = changes.into_iter().map(|(place, change)| {
+            let out_features = match place {
+                SitePlace::Table => widths.table,
+                SitePlace::Group(group, site) => widths.groups[group][site],
+            };
+            (place, Expert::new(&change, out_features))
+        });
+        Ok(laid_out.collect())
+    }
+
+    fn insert_expert(
         &mut self,
+        groups: &mut [Group],
         table: &mut Site,
         slot: usize,
-        change: &SiteChange,
+        expert: Vec<(SitePlace, Expert)>,
     ) -> Result<(), BackendError> {
-        table.experts.load(slot, change);
+        for (place, expert) in expert {
+            let site = match place {
+                SitePlace::Table => &mut *table,
+                SitePlace::Group(group, site) => &mut groups[group].0[site],
+            };
+            site.experts.insert(slot, expert);
+        }
         Ok(())
     }
 

@@ -158,7 +158,7 @@ fn linear_matches_an_f64_loop_and_rows_do_not_depend_on_neighbours() {
             for (site, changes) in changes.iter().enumerate() {
                 for (slot, change) in changes.iter().enumerate() {
                     if let Some(change) = change {
-                        cpu.load_expert(&mut group, site, slot, change).unwrap();
+                        group.site_mut(site).load(slot, change);
                     }
                 }
             }
@@ -213,8 +213,8 @@ fn embedding_adds_the_low_rank_lookup() {
     let other = random.tensor([vocabulary, hidden], DType::F32);
     for mut cpu in backends() {
         let mut table = cpu.table(weight.clone()).unwrap();
-        cpu.load_table_expert(&mut table, 0, &SiteChange::LowRank(expert.clone())).unwrap();
-        cpu.load_table_expert(&mut table, 1, &SiteChange::Replace(other.clone())).unwrap();
+        table.load(0, &SiteChange::LowRank(expert.clone()));
+        table.load(1, &SiteChange::Replace(other.clone()));
         let mut rows = Rows::default();
         rows.push_sequence(&[3, 9], 0, 0, &[], &[]);
         rows.push_sequence(&[9], 0, 0, &[], &[(0, 0.5)]);

@@ -64,8 +64,9 @@ pub mod params;
 pub mod sample;
 mod stream;
 mod tensor_map;
+mod trace;
 
-pub use backend::{Buffer, Cuda, GroupId, KvCache, MemoryOptions, Recorded, Weight};
+pub use backend::{Buffer, Cuda, GroupId, KvCache, Loader, MemoryOptions, Recorded, StagedAdapter, Weight};
 pub use device::{Device, Properties};
 pub use element::{Element, Half};
 pub use error::{CudaError, LOST_EXIT_CODE, ResultCode};
@@ -77,3 +78,4 @@ pub use matrix::Matrix;
 pub use memory::{Arena, DeviceBuffer, DeviceSlice, Pinned};
 pub use stream::Stream;
 pub use tensor_map::{MapElement, Swizzle, TensorMap, TiledTensor};
+pub use trace::TracedLaunch;

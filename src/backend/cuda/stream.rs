@@ -1,6 +1,6 @@
 //! Streams: queues of work on a device.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, RefCell, RefMut};
 use std::mem::size_of_val;
 use std::ptr;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use bytemuck::Pod;
 use cudarc::driver::sys::{self, CUresult, CUstream_flags as Flags};
 
 use super::error::{check, code};
+use super::trace::Trace;
 use super::{CudaError, Device, DeviceSlice, Event};
 
 /// A queue of work: what is put into it runs in that order, beside the work of other streams.
@@ -21,6 +22,8 @@ pub struct Stream {
     /// What was launched last: a fault that surfaces later has no better name.
     last: RefCell<Option<Arc<str>>>,
     launches: Cell<usize>,
+    /// Times launches, where somebody has asked for that.
+    trace: RefCell<Option<Trace>>,
 }
 
 // SAFETY: the handle names an object of the driver, which is not tied to a thread.
@@ -33,7 +36,13 @@ impl Stream {
         // SAFETY: writes one handle.
         let result = unsafe { sys::cuStreamCreate(&mut handle, Flags::CU_STREAM_NON_BLOCKING as u32) };
         check(result, || "making a stream".to_owned())?;
-        Ok(Self { device: Arc::clone(device), handle, last: RefCell::default(), launches: Cell::new(0) })
+        Ok(Self {
+            device: Arc::clone(device),
+            handle,
+            last: RefCell::default(),
+            launches: Cell::new(0),
+            trace: RefCell::default(),
+        })
     }
 
     /// The device it runs on.
@@ -205,6 +214,11 @@ impl Stream {
     pub(super) fn launched(&self, name: &Arc<str>) {
         self.last.replace(Some(Arc::clone(name)));
         self.launches.set(self.launches.get() + 1);
+        self.trace_launch(name);
+    }
+
+    pub(super) fn trace_mut(&self) -> RefMut<'_, Option<Trace>> {
+        self.trace.borrow_mut()
     }
 
     /// Launches so far.

@@ -14,30 +14,30 @@
 //! one for the embeddings, and ends with rows, norm and `lm_head`.
 
 mod buffer;
+mod loader;
 mod steps;
 
-use std::collections::{BTreeMap, HashMap};
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::collections::HashMap;
+use std::collections::btree_map::{BTreeMap, Entry};
 use std::sync::Arc;
-
-use bytemuck::cast_slice;
 
 use super::attention::{AttentionInputs, AttentionKernels};
 use super::elementwise::{BlockPages, ElementwiseKernels, EmbeddingTable, HeadNormWeights, Rotary};
 use super::experts::ExpertMemory;
-use super::lora::{ChunkArena, Epilogue, FrozenLayer, LoraKernels, LowRank, Seated, Site, SiteGroup};
+use super::lora::{ChunkArena, Epilogue, FrozenLayer, LoraKernels, Seated, Site, SiteGroup};
 use super::sample::SampleKernels;
-use super::{CudaError, Device, DeviceBuffer, Element, Graph, Half, Matrix, Stream};
+use super::{CudaError, Device, DeviceBuffer, Element, Graph, Half, Matrix, Stream, TracedLaunch};
 use crate::backend::sampling::{Draw, Drawn};
 use crate::backend::{
-    AttentionShape, Backend, BackendError, ExpertWeights, FrozenLinear, Gates, HeadNorms, RotaryTables, Rows,
-    SiteChange, StepLimits, Write,
+    AttentionShape, Backend, BackendError, FrozenLinear, Gates, HeadNorms, RotaryTables, Rows, SiteChange,
+    SitePlace, StepLimits, Write,
 };
 use crate::tensor::Tensor;
-use buffer::padded_values;
+use loader::GroupShapes;
 use steps::Steps;
 
 pub use buffer::{Buffer, KvCache, Weight};
+pub use loader::{Loader, StagedAdapter};
 
 /// The part of what is left for a cache that goes to the lists and partial results of steps.
 const LISTS_SHARE: usize = 16;
@@ -70,8 +70,6 @@ pub struct Cuda {
     groups: Vec<SiteGroup>,
     /// Weights that an expert puts in the place of a frozen one, by expert and group.
     replaced: HashMap<(u32, usize), Weight>,
-    /// Hashes of what experts have brought so far.
-    orders: HashMap<u32, u64>,
     steps: Option<Steps>,
     /// Counts calls of `reserve`: launches that were recorded before the last are of no use.
     reserved: u64,
@@ -118,7 +116,6 @@ impl Cuda {
             groups: Vec::new(),
             experts: ExpertMemory::new(device, memory.seats)?,
             replaced: HashMap::new(),
-            orders: HashMap::new(),
             steps: None,
             reserved: 0,
             host: Vec::new(),
@@ -140,6 +137,20 @@ impl Cuda {
         self.stream.synchronize()
     }
 
+    /// Runs `work` without graphs and overlap, and says how long each of its launches took: for benches and tools.
+    ///
+    /// # Errors
+    /// Those of `work`, and when the device has no room for 16 MiB.
+    pub fn trace<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T, BackendError>,
+    ) -> Result<(T, Vec<TracedLaunch>), BackendError> {
+        self.stream.start_trace()?;
+        let worked = work(self);
+        let launches = self.stream.finish_trace();
+        Ok((worked?, launches?))
+    }
+
     /// An arena for the experts of a site.
     fn arena(&self, in_features: usize, out_features: usize, lookup: bool) -> Result<ChunkArena, CudaError> {
         let MemoryOptions { seats, max_rank, chunks, .. } = self.memory;
@@ -152,65 +163,6 @@ impl Cuda {
         let chunks_per_tile = sites.len() * self.memory.chunks;
         self.groups.push(SiteGroup::new(&self.device, sites, 0, chunks_per_tile)?);
         Ok(GroupId(self.groups.len() - 1))
-    }
-
-    /// Lays out what an expert changes at a site `[out, in]`, of a group's row of `padded` inputs and outputs.
-    fn stage(
-        &mut self,
-        group: usize,
-        site: usize,
-        expert: u32,
-        weights: &ExpertWeights,
-    ) -> Result<(), CudaError> {
-        let arena = &self.groups[group].sites()[site].chunks;
-        let [in_features, out_features] = [arena.in_features(), arena.out_features()];
-        let rank = weights.a.shape()[0];
-        let values = |name: &str, tensor: &Tensor, stride: usize| {
-            let what = format!("{name} of an adapter, of shape {:?},", tensor.shape());
-            padded_values(self.element, tensor, stride, &what)
-        };
-        let a = values("A", &weights.a, if rank == 0 { weights.a.shape()[1] } else { in_features })?;
-        let mut b = values("B", &weights.b, rank)?;
-        // A lookup's rows are padded like those of activations.
-        b.resize(out_features * rank, Half::ZERO);
-        let order = self.orders.entry(expert).or_default();
-        let mut hasher = DefaultHasher::new();
-        (*order, rank, weights.scale.to_bits()).hash(&mut hasher);
-        hasher.write(cast_slice(&a));
-        hasher.write(cast_slice(&b));
-        *order = hasher.finish();
-        let pair = LowRank {
-            rank,
-            a: &a,
-            b: &b,
-            scale: weights.scale,
-            column_scale: weights.column_scale.as_deref(),
-            bias: weights.bias.as_deref(),
-            order: *order,
-        };
-        self.experts.stage(&mut self.groups, expert, [group, site], &pair)
-    }
-
-    fn change(
-        &mut self,
-        group: usize,
-        site: usize,
-        slot: usize,
-        change: &SiteChange,
-    ) -> Result<(), BackendError> {
-        let expert = slot as u32;
-        match change {
-            SiteChange::LowRank(weights) => self.stage(group, site, expert, weights)?,
-            SiteChange::Replace(weight) => {
-                if self.groups[group].sites().len() > 1 {
-                    let what = "a whole weight for one of several layers that run together";
-                    return Err(CudaError::Shape(what.to_owned()).into());
-                }
-                let weight = Weight::new(&self.stream, self.element, weight)?;
-                self.replaced.insert((expert, group), weight);
-            }
-        }
-        Ok(())
     }
 
     fn steps(&self) -> Result<&Steps, CudaError> {
@@ -280,6 +232,8 @@ impl Backend for Cuda {
     type Table = GroupId;
     type Rotary = Rotary;
     type KvCache = KvCache;
+    type Loader = Loader;
+    type Expert = StagedAdapter;
     type Recorded = Recorded;
 
     fn weight(&self, tensor: &Tensor) -> Result<Weight, BackendError> {
@@ -341,23 +295,38 @@ impl Backend for Cuda {
         Ok(())
     }
 
-    fn load_expert(
-        &mut self,
-        group: &mut GroupId,
-        site: usize,
-        slot: usize,
-        change: &SiteChange,
-    ) -> Result<(), BackendError> {
-        self.change(group.0, site, slot, change)
+    fn loader(&self, groups: &[GroupId], table: &GroupId) -> Result<Loader, BackendError> {
+        let shapes = |group: &GroupId| {
+            let sites = self.groups[group.0].sites();
+            GroupShapes { id: group.0, sites: sites.iter().map(|site| *site.chunks.shape()).collect() }
+        };
+        Ok(Loader {
+            device: Arc::clone(&self.device),
+            groups: groups.iter().map(shapes).collect(),
+            table: shapes(table),
+        })
     }
 
-    fn load_table_expert(
+    fn lay_out(
+        loader: &Loader,
+        changes: Vec<(SitePlace, SiteChange)>,
+    ) -> Result<StagedAdapter, BackendError> {
+        Ok(loader.lay_out(changes)?)
+    }
+
+    fn insert_expert(
         &mut self,
-        table: &mut GroupId,
+        _groups: &mut [GroupId],
+        _table: &mut GroupId,
         slot: usize,
-        change: &SiteChange,
+        adapter: StagedAdapter,
     ) -> Result<(), BackendError> {
-        self.change(table.0, 0, slot, change)
+        let expert = slot as u32;
+        self.replaced.extend(adapter.replaced.into_iter().map(|(group, weight)| ((expert, group), weight)));
+        if let Some(ranks) = adapter.ranks {
+            self.experts.insert(&mut self.groups, expert, ranks)?;
+        }
+        Ok(())
     }
 
     fn unload_expert(
@@ -367,7 +336,6 @@ impl Backend for Cuda {
         slot: usize,
     ) -> Result<(), BackendError> {
         let expert = slot as u32;
-        self.orders.remove(&expert);
         self.replaced.retain(|&(of, _), _| of != expert);
         Ok(self.experts.remove(&mut self.groups, expert)?)
     }
@@ -388,26 +356,37 @@ impl Backend for Cuda {
         Ok(steps.begin(stream, lora, rows, moves, |expert| seat_of(experts, expert))?)
     }
 
+    fn set_tokens(&mut self, tokens: &[u32]) -> Result<(), BackendError> {
+        let Self { stream, steps, .. } = self;
+        let steps = steps.as_mut().ok_or_else(|| CudaError::Shape("tokens of no step".to_owned()))?;
+        Ok(steps.rows.set_tokens(stream, tokens)?)
+    }
+
     fn record(
         &mut self,
         recorded: &mut Recorded,
         work: impl FnOnce(&mut Self) -> Result<(), BackendError>,
     ) -> Result<(), BackendError> {
-        let Some(rows) = self.steps()?.graph_rows() else { return work(self) };
+        let Some(rows) = self.steps()?.graph_rows().filter(|_| !self.stream.is_traced()) else {
+            return work(self);
+        };
         let state = self.state();
         if recorded.state != state {
             *recorded = Recorded { state, graphs: BTreeMap::new() };
         }
-        if !recorded.graphs.contains_key(&rows) {
-            let capture = self.stream.start_capture()?;
-            let worked = work(self);
-            let graph = capture.finish(&self.stream);
-            worked?;
-            recorded.graphs.insert(rows, graph?);
-        }
+        let graph = match recorded.graphs.entry(rows) {
+            Entry::Occupied(graph) => graph.into_mut(),
+            Entry::Vacant(place) => {
+                let capture = self.stream.start_capture()?;
+                let worked = work(self);
+                let graph = capture.finish(&self.stream);
+                worked?;
+                place.insert(graph?)
+            }
+        };
         // SAFETY: what was captured is the model's own memory and that of its workspace, which owns `recorded`; the rest
         // belongs to `self`, and has not changed since `state`.
-        Ok(unsafe { recorded.graphs[&rows].launch(&self.stream) }?)
+        Ok(unsafe { graph.launch(&self.stream) }?)
     }
 
     fn embed(&mut self, table: &GroupId, rows: &Rows, y: &mut Buffer) -> Result<(), BackendError> {

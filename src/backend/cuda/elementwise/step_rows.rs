@@ -123,6 +123,22 @@ impl StepRows {
         stream.record(&self.copied)
     }
 
+    /// Takes other tokens for the rows of the step that was [set](Self::set) last.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`] unless there is one within the vocabulary for each row.
+    pub fn set_tokens(&mut self, stream: &Stream, tokens: &[u32]) -> Result<(), CudaError> {
+        if tokens.len() != self.count.host[0] as usize {
+            return shape(format!("{} tokens for {} rows", tokens.len(), self.count.host[0]));
+        }
+        below("token", tokens, self.limits.vocabulary)?;
+        self.copied.synchronize()?;
+        self.tokens.host[..tokens.len()].copy_from_slice(tokens);
+        // SAFETY: as in `set`.
+        unsafe { self.tokens.send(stream, tokens.len()) }?;
+        stream.record(&self.copied)
+    }
+
     /// Goes on with these rows of the step that was [set](Self::set) last.
     ///
     /// Queues copies and does not wait for them; waits for those before, if they are not done.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What PyTorch takes for the cases of the bench `lora`: `torch_peers.py CASES OUT`.
+"""What PyTorch takes for the cases of the bench `lora`: `lora_peers.py CASES OUT`.
 
 CASES is what `lora --cases` prints. Timed as the bench times the project's own kernels: CUDA graphs of several layers in
 turn, so that nothing is in L2 when a layer begins, events around each replay, the median of many, random numbers.
@@ -139,7 +139,7 @@ def other_peers():
 
 
 def main():
-    cases_path, out_path = sys.argv[1:]
+    cases_path, out_path = sys.argv[1:3]
     plan = json.loads(Path(cases_path).read_text())
     groups = {group["name"]: group for group in plan["groups"]}
     properties = torch.cuda.get_device_properties(0)

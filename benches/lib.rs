@@ -1,10 +1,14 @@
-//! A random model in memory, in the shape of a given configuration, with adapters.
+//! What benches share: a random model in memory, in the shape of a given configuration, with adapters; and what is run,
+//! counted and predicted on a GPU.
+
+pub mod gpu;
 
 use std::collections::HashMap;
 
 use loramux::adapter::{Adapter, SiteAdapter, SiteKind};
-use loramux::backend::{Backend, PAGE, Rows};
-use loramux::model::{Activations, ModelConfig, ModelError, ModelSites, Transformer, Weights};
+use loramux::backend::cpu::Cpu;
+use loramux::backend::{Backend, BackendError, PAGE, Rows};
+use loramux::model::{ModelConfig, ModelError, ModelSites, Transformer, Weights, Workspace, WorkspaceSize};
 use loramux::tensor::{Bytes, DType, Tensor};
 use rayon::prelude::*;
 use serde_json::json;
@@ -147,61 +151,106 @@ pub fn random_adapter(sites: &ModelSites, rank: usize, seed: u64) -> Adapter {
     Adapter { hash: format!("random-{seed}"), sites, ..Adapter::default() }
 }
 
+/// What a step of a [`Bench`] has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    pub sequences: usize,
+    /// Rows of each sequence.
+    pub tokens: usize,
+    /// Position of the first of them.
+    pub start: usize,
+    /// Sequences have pages from this one on, one after the other.
+    pub first_page: usize,
+    /// Sequence `i` uses the expert in slot `first_slot + i % adapters`; none where there are no adapters.
+    pub adapters: usize,
+    pub first_slot: usize,
+}
+
 /// A model ready to step.
 pub struct Bench<B: Backend> {
     pub transformer: Transformer<B>,
-    pub cache: B::KvCache,
-    pub activations: Activations<B>,
-    pub rows: Rows,
+    workspace: Workspace<B>,
+    rows: Rows,
     picked: Vec<u32>,
-    pages_each: usize,
 }
 
 impl<B: Backend> Bench<B> {
+    /// For steps of up to `size` and sequences of up to `positions` tokens. `pages` says how many pages the cache has.
+    ///
+    /// # Errors
+    /// Those of [`Transformer::new`] and of `pages`.
     pub fn new(
-        backend: &B,
+        backend: &mut B,
         config: &ModelConfig,
-        weights: &RandomWeights,
-        sequences: usize,
-        context: usize,
-    ) -> Self {
-        let transformer = Transformer::new(backend, config, weights, context).expect("random weights fit");
-        let pages_each = context.div_ceil(PAGE);
-        Self {
-            cache: transformer.kv_cache(backend, pages_each * sequences).expect("room"),
-            activations: transformer.activations(backend, 512, 16).expect("room"),
-            transformer,
-            rows: Rows::default(),
-            picked: Vec::new(),
-            pages_each,
-        }
+        weights: &impl Weights,
+        size: WorkspaceSize,
+        positions: usize,
+        pages: impl FnOnce(Option<usize>) -> usize,
+    ) -> Result<Self, ModelError> {
+        let transformer = Transformer::new(backend, config, weights, positions)?;
+        let workspace = transformer.workspace::<BackendError>(backend, size, |room| Ok(pages(room)))?;
+        Ok(Self { transformer, workspace, rows: Rows::default(), picked: Vec::new() })
     }
 
-    /// Plans `sequences` sequences of `tokens` rows from position `start`; sequence `i` uses slot `i % adapters`.
-    pub fn plan(&mut self, sequences: usize, tokens: usize, start: usize, adapters: usize) {
+    /// Makes `plan` what steps do from now on.
+    pub fn plan(&mut self, plan: Plan) {
+        let Plan { sequences, tokens, start, first_page, adapters, first_slot } = plan;
+        let vocabulary = self.transformer.config().vocab_size;
+        let pages_each = (start + tokens).div_ceil(PAGE);
         self.rows.clear();
         self.picked.clear();
         // Sequences with the same adapter are neighbours.
         let mut order: Vec<usize> = (0..sequences).collect();
         order.sort_by_key(|sequence| (sequence % adapters.max(1), *sequence));
         for sequence in order {
-            let first = sequence * self.pages_each;
-            let pages: Vec<u32> = (first..first + self.pages_each).map(|page| page as u32).collect();
-            let ids: Vec<u32> = (0..tokens).map(|i| ((i * 7919 + sequence * 31) % 100_000) as u32).collect();
-            let entries: &[(u32, f32)] =
-                if adapters == 0 { &[] } else { &[((sequence % adapters) as u32, 1.0)] };
-            self.rows.push_sequence(&ids, start, 0, &pages, entries);
+            let first = first_page + sequence * pages_each;
+            let pages: Vec<u32> = (first..first + pages_each).map(|page| page as u32).collect();
+            let ids: Vec<u32> =
+                (0..tokens).map(|i| ((i * 7919 + sequence * 31 + start) % vocabulary) as u32).collect();
+            let entry = (adapters > 0).then(|| ((first_slot + sequence % adapters) as u32, 1.0));
+            self.rows.push_sequence(&ids, start, 0, &pages, entry.as_slice());
             self.picked.push(self.rows.len() as u32 - 1);
         }
     }
 
-    /// One step: all blocks and the logits of every sequence's last row.
-    pub fn step(&mut self, backend: &mut B) -> f32 {
-        let Self { transformer, cache, activations, rows, picked, .. } = self;
+    /// Queues one step: all blocks and the logits of every sequence's last row.
+    ///
+    /// # Errors
+    /// When the backend fails.
+    pub fn queue(&mut self, backend: &mut B) -> Result<(), BackendError> {
+        let Self { transformer, workspace, rows, picked } = self;
         backend.scope(|backend| {
-            transformer.forward(backend, rows, cache, activations);
-            let logits = transformer.logits(backend, rows, picked, activations);
-            backend.read(logits, 1)[0]
+            backend.begin_step(rows)?;
+            transformer.forward(backend, rows, workspace)?;
+            transformer.logits(backend, rows, picked, workspace)
         })
+    }
+
+    /// The logits of the step that was queued last: `[sequences, vocabulary]`.
+    ///
+    /// # Errors
+    /// As [`queue`](Self::queue).
+    pub fn logits<'a>(&'a self, backend: &'a mut B) -> Result<&'a [f32], BackendError> {
+        backend.read(self.workspace.logits(), self.picked.len())
+    }
+
+    /// One step, waited for; its first logit.
+    ///
+    /// # Panics
+    /// When the backend fails.
+    pub fn step(&mut self, backend: &mut B) -> f32 {
+        self.queue(backend).expect("a step");
+        self.logits(backend).expect("logits")[0]
+    }
+}
+
+impl Bench<Cpu> {
+    /// For 16 sequences of up to 640 tokens, in steps of up to 512 rows.
+    ///
+    /// # Panics
+    /// When there is no memory for it.
+    pub fn on_cpu(cpu: &mut Cpu, config: &ModelConfig, weights: &RandomWeights) -> Self {
+        let size = WorkspaceSize { rows: 512, sequences: 16, logit_rows: 16 };
+        Self::new(cpu, config, weights, size, 640, |_| 16 * 640 / PAGE).expect("random weights fit")
     }
 }
