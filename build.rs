@@ -1,6 +1,7 @@
-//! Compiles each `kernels/*.cu` with nvcc into one image (fatbin) that holds machine code for every architecture.
+//! Compiles each `kernels/*.cu` with nvcc into images (fatbins) that hold machine code for every architecture: one for
+//! each 16-bit type that the kernels are for.
 //!
-//! Leaves in `OUT_DIR`: `<name>.fatbin`, the table `images.rs` of them for `backend::cuda::images`, and `kernels.json`
+//! Leaves in `OUT_DIR`: `<name>.fatbin` and `<name>_f16.fatbin`, the table `images.rs` of them for `backend::cuda::images`, and `kernels.json`
 //! (its path is in the environment variable `LORAMUX_KERNEL_REPORT` of the crate and its tests) with what every
 //! kernel needs of an SM. Code compiled beside images sees `cfg(kernels)`. Without nvcc, or without the feature
 //! `cuda`, the crate builds with an empty table.
@@ -21,6 +22,8 @@ use std::thread;
 
 use resources::Kernel;
 
+#[path = "build/elements.rs"]
+mod elements;
 #[path = "build/resources.rs"]
 mod resources;
 
@@ -58,17 +61,17 @@ fn build() -> Result<(), String> {
     println!("cargo::rustc-cfg=kernels");
 
     let archs = archs()?;
-    let sources = sources()?;
+    let units = units()?;
     let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
-    let queue = Mutex::new(sources.iter());
+    let queue = Mutex::new(units.iter());
     let results = Mutex::new(Vec::new());
     thread::scope(|scope| {
-        for _ in 0..sources.len().min(jobs) {
+        for _ in 0..units.len().min(jobs) {
             scope.spawn(|| {
                 loop {
                     let next = queue.lock().expect("no worker panics").next();
-                    let Some(source) = next else { break };
-                    let result = compile(&nvcc, source, &archs, &out);
+                    let Some(unit) = next else { break };
+                    let result = compile(&nvcc, unit, &archs, &out);
                     results.lock().expect("no worker panics").push(result);
                 }
             });
@@ -79,7 +82,7 @@ fn build() -> Result<(), String> {
     let mut errors = String::new();
     for result in results.into_inner().expect("no worker panics") {
         match result {
-            Ok(of_source) => kernels.extend(of_source),
+            Ok(of_unit) => kernels.extend(of_unit),
             Err(message) => errors += &message,
         }
     }
@@ -91,9 +94,8 @@ fn build() -> Result<(), String> {
     write(&out.join("kernels.json"), &resources::to_json(&nvcc.release, &archs, &kernels))?;
 
     let mut table = String::from("[\n");
-    for source in &sources {
-        let image = image_file(source, &out, "fatbin");
-        let name = source.file_stem().expect("a .cu file has a stem");
+    for Unit { name, .. } in &units {
+        let image = out.join(name).with_extension("fatbin");
         writeln!(table, "    image!({name:?}, {image:?}),").expect("writing to a string");
     }
     table += "]\n";
@@ -186,32 +188,42 @@ fn archs() -> Result<Vec<String>, String> {
     Ok(archs)
 }
 
-fn sources() -> Result<Vec<PathBuf>, String> {
+/// What becomes one image.
+struct Unit {
+    /// Of the image, as in `norm_f16`.
+    name: String,
+    source: PathBuf,
+    flags: &'static [&'static str],
+}
+
+fn units() -> Result<Vec<Unit>, String> {
     let entries = fs::read_dir("kernels").map_err(|error| format!("kernels: {error}"))?;
-    let mut sources = Vec::new();
+    let mut units = Vec::new();
     for entry in entries {
         let path = entry.map_err(|error| format!("kernels: {error}"))?.path();
         if path.extension().is_some_and(|extension| extension == "cu") {
-            sources.push(path);
+            let stem = path.file_stem().expect("a .cu file has a stem").to_string_lossy();
+            units.extend(elements::builds(&stem).iter().map(|build| Unit {
+                name: format!("{stem}{}", build.suffix),
+                source: path.clone(),
+                flags: build.flags,
+            }));
         }
     }
-    if sources.is_empty() {
+    if units.is_empty() {
         return Err("kernels: no .cu file".into());
     }
-    sources.sort();
-    Ok(sources)
+    units.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(units)
 }
 
-fn image_file(source: &Path, out: &Path, extension: &str) -> PathBuf {
-    out.join(source.file_stem().expect("a .cu file has a stem")).with_extension(extension)
-}
-
-/// Compiles `source` unless its image is of the same command, compiler and bytes of source and headers.
-fn compile(nvcc: &Nvcc, source: &Path, archs: &[String], out: &Path) -> Result<Vec<Kernel>, String> {
-    let file = |extension| image_file(source, out, extension);
+/// Compiles `unit` unless its image is of the same command, compiler and bytes of source and headers.
+fn compile(nvcc: &Nvcc, unit: &Unit, archs: &[String], out: &Path) -> Result<Vec<Kernel>, String> {
+    let Unit { name, source, flags } = unit;
+    let file = |extension| out.join(name).with_extension(extension);
     let (image, dependencies, log, stamp) = (file("fatbin"), file("d"), file("log"), file("stamp"));
 
-    let mut arguments: Vec<OsString> = FLAGS.iter().map(OsString::from).collect();
+    let mut arguments: Vec<OsString> = FLAGS.iter().chain(*flags).map(OsString::from).collect();
     arguments.extend(["-I", "kernels", "-MD", "-MF"].map(OsString::from));
     arguments.push(dependencies.clone().into());
     arguments.extend(archs.iter().map(|arch| format!("-gencode=arch=compute_{arch},code=sm_{arch}").into()));

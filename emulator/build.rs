@@ -38,10 +38,13 @@ const SOURCES: &[(&str, &str, &[&str])] = &[
     ("tests/kernels", "cu", KERNEL_FLAGS),
 ];
 
+#[path = "../build/elements.rs"]
+mod elements;
+
 fn main() {
     println!("cargo::rerun-if-env-changed=CXX");
     println!("cargo::rerun-if-env-changed=LORAMUX_EMULATOR_SANITIZE");
-    for directory in ["include", "runtime", "driver", "../kernels", "tests/kernels", "build.rs"] {
+    for directory in ["include", "runtime", "driver", "../kernels", "tests/kernels", "build.rs", "../build"] {
         println!("cargo::rerun-if-changed={directory}");
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
@@ -72,9 +75,15 @@ fn build(out: &Path) -> Result<(), String> {
     let mut units = Vec::new();
     for &(directory, extension, flags) in SOURCES {
         for source in files(Path::new(directory), extension)? {
-            let name = format!("{}-{}.o", directory.replace(['.', '/'], ""), stem(&source));
-            let flags = common.iter().cloned().chain(flags.iter().map(|&flag| flag.to_owned())).collect();
-            units.push(Unit { object: out.join(name), source, flags });
+            let builds: &[_] =
+                if extension == "cu" { elements::builds(&stem(&source)) } else { &[elements::BF16] };
+            for build in builds {
+                let name =
+                    format!("{}-{}{}.o", directory.replace(['.', '/'], ""), stem(&source), build.suffix);
+                let flags = common.iter().map(String::as_str).chain(flags.iter().chain(build.flags).copied());
+                let flags = flags.map(str::to_owned).collect();
+                units.push(Unit { object: out.join(name), source: source.clone(), flags });
+            }
         }
     }
     compile_all(&compiler, &version, &units)?;

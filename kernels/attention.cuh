@@ -6,7 +6,7 @@
 //   S = q · Kᵀ                        m' = max(m, max S)         α = 2^((m − m') · scale)
 //   P = 2^((S − m') · scale)          l = α·l + P · 1            O = α·O + P · V
 //
-// P is rounded to bf16 for its products; l sums the rounded P, by the tensor cores too, as one more column of O.
+// P is rounded to the element type for its products; l sums the rounded P, by the tensor cores too, as one more column of O.
 //
 // One result on every path. Blocks begin at multiples of 64 positions and splits at multiples of 512; a split begins
 // from nothing, and splits are merged in ascending order by `Merge`. A block or split that a pair does not see changes
@@ -20,11 +20,13 @@
 // Keys and values arrive alternately in a ring of tiles in shared memory. A row of a tile has a 16-byte piece more
 // than it needs: an odd number, so that the eight rows of an 8x8 matrix lie in different banks.
 #pragma once
-#include <bf16.cuh>
+#include <element.cuh>
 #include <device.cuh>
 #include <math.h>
 #include <params.h>
 #include <ptx.cuh>
+
+inline namespace ELEMENT {
 
 constexpr uint32_t key_block = LORAMUX_ATTENTION_KEYS;
 constexpr uint32_t split_blocks = LORAMUX_ATTENTION_SPLIT / LORAMUX_ATTENTION_KEYS;
@@ -48,7 +50,7 @@ struct AttentionShape {
 
   template <uint32_t rows>
   struct alignas(16) Tile {
-    bf16 at[rows][dim + 8];
+    element at[rows][dim + 8];
 
     __device__ __forceinline__ void* piece(uint32_t row, uint32_t piece) { return &at[row][piece * 8]; }
   };
@@ -216,8 +218,8 @@ class Attention {
   // Two neighbouring outputs of a pair.
   __device__ __forceinline__ void store(uint32_t pair, uint32_t column, float low, float high) const {
     if (column >= p_.head_dim) return;
-    bf16* to = p_.y + size_t(row(pair)) * p_.y_stride + head(pair) * p_.head_dim + column;
-    *reinterpret_cast<uint32_t*>(to) = ptx::pack_bf16(low, high);
+    element* to = p_.y + size_t(row(pair)) * p_.y_stride + head(pair) * p_.head_dim + column;
+    *reinterpret_cast<uint32_t*>(to) = ptx::pack(low, high);
   }
 
  private:
@@ -240,21 +242,21 @@ class Attention {
   __device__ __forceinline__ bool aligned() const { return p_.head_dim % 8 == 0; }
 
   // Starts to copy one piece of a vector: zeros from `head_dim` on, and all zeros where the vector is not `valid`.
-  __device__ __forceinline__ void copy_piece(void* to, const bf16* vector, uint32_t piece, bool valid) const {
+  __device__ __forceinline__ void copy_piece(void* to, const element* vector, uint32_t piece, bool valid) const {
     if (aligned()) {
       ptx::copy_async_16(to, vector + piece * 8, valid && piece * 8 < p_.head_dim);
       return;
     }
 #pragma unroll 1
     for (uint32_t d = 0; d < 8; ++d)
-      static_cast<bf16*>(to)[d] = valid && piece * 8 + d < p_.head_dim ? vector[piece * 8 + d] : bf16{0};
+      static_cast<element*>(to)[d] = valid && piece * 8 + d < p_.head_dim ? vector[piece * 8 + d] : element{0};
   }
 
   __device__ __forceinline__ void copy_queries(QueryTile& queries) const {
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < Shape::pairs * Shape::pieces; i += Shape::threads) {
       const uint32_t pair = i / Shape::pieces, piece = i % Shape::pieces;
-      const bf16* from = p_.q + size_t(row(pair)) * p_.q_stride + head(pair) * p_.head_dim;
+      const element* from = p_.q + size_t(row(pair)) * p_.q_stride + head(pair) * p_.head_dim;
       copy_piece(queries.piece(pair, piece), from, piece, pair < tile_.pairs);
     }
   }
@@ -264,11 +266,11 @@ class Attention {
   __device__ __forceinline__ void fill() {
     if (next_block_ < end_block_) {
       KeyTile& to = ring_[fill_place_];
-      const bf16* cache = next_is_values_ ? p_.values : p_.keys;
+      const element* cache = next_is_values_ ? p_.values : p_.keys;
       if (!next_is_values_) find_pages();
 #pragma unroll
       for (uint32_t page = 0; page < block_pages; ++page) {
-        const bf16* vectors =
+        const element* vectors =
             cache + (size_t(pages_[page]) * p_.kv_heads + kv_head_) * LORAMUX_PAGE * p_.head_dim;
 #pragma unroll
         for (uint32_t i = threadIdx.x; i < LORAMUX_PAGE * Shape::pieces; i += Shape::threads) {
@@ -378,7 +380,7 @@ class Attention {
 #pragma unroll
       for (uint32_t i = 0; i < 4; ++i) {
         const float* pair = &scores[k * 2 + i / 2][i % 2 * 2];
-        weights[k][i] = ptx::pack_bf16(ptx::exp2(__fmaf_rn(pair[0], p_.scale, offset[i % 2])),
+        weights[k][i] = ptx::pack(ptx::exp2(__fmaf_rn(pair[0], p_.scale, offset[i % 2])),
                                        ptx::exp2(__fmaf_rn(pair[1], p_.scale, offset[i % 2])));
       }
       if constexpr (Shape::warp_columns > 1)
@@ -390,8 +392,7 @@ class Attention {
   // Adds P · V and P · 1 over 16 keys.
   __device__ __forceinline__ void multiply_values(KeyTile& values, uint32_t step, const uint32_t (&weights)[4],
                                                   Sums& sums) const {
-    constexpr uint32_t ones = 0x3f803f80;
-    ptx::mma_16x8x16(sums.weight, weights, ones, ones);
+    ptx::mma_16x8x16(sums.weight, weights, pair_of_ones, pair_of_ones);
 #pragma unroll
     for (uint32_t d = 0; d < Shape::warp_dims; ++d) {
       const uint32_t column = d * Shape::warp_columns + warp_ % Shape::warp_columns;
@@ -419,3 +420,5 @@ class Attention {
   uint32_t pages_[block_pages];
   bool next_is_values_;
 };
+
+}  // inline namespace ELEMENT

@@ -57,10 +57,10 @@ class Lookup {
   }
 
   __device__ __forceinline__ void add_chunk(uint32_t chunk, float factor, float (&sums)[columns_of_thread]) const {
-    const bf16* a = p_.a + (size_t(chunk) * p_.vocabulary + token_) * ranks;
+    const element* a = p_.a + (size_t(chunk) * p_.vocabulary + token_) * ranks;
     const Values<8> v[2] = {load<8>(a), load<8>(a + 8)};
     for_columns([&](uint32_t i, uint32_t column) {
-      const bf16* b = p_.b + (size_t(chunk) * p_.width + column) * ranks;
+      const element* b = p_.b + (size_t(chunk) * p_.width + column) * ranks;
       const Values<8> of_column[2] = {load<8>(b), load<8>(b + 8)};
 #pragma unroll
       for (uint32_t rank = 0; rank < ranks; ++rank)
@@ -87,8 +87,8 @@ class Lookup {
 
   const EmbedParams& p_;
   const uint32_t row_, token_;
-  const bf16* const from_;
-  bf16* const to_;
+  const element* const from_;
+  element* const to_;
 };
 
 }  // namespace

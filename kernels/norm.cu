@@ -31,8 +31,8 @@ __device__ __forceinline__ float sum_of_block(float value) {
 
 template <uint32_t access>
 __device__ __forceinline__ void normalize(const RmsNormParams& p) {
-  const bf16* x = p.x + size_t(blockIdx.x) * p.x_stride;
-  bf16* y = p.y + size_t(blockIdx.x) * p.y_stride;
+  const element* x = p.x + size_t(blockIdx.x) * p.x_stride;
+  element* y = p.y + size_t(blockIdx.x) * p.y_stride;
   float squares = 0.0f;
 #pragma unroll 2
   for (uint32_t column = threadIdx.x * access; column < p.width; column += threads * access) {

@@ -7,11 +7,15 @@
 #include <stdint.h>
 
 #if defined(__cplusplus) && !defined(LORAMUX_BINDGEN)
-struct bf16;
+#include <element_type.h>
 #define DEVICE(type) type*
 #else
 // Rust sees addresses as numbers: they are no pointers there.
 #define DEVICE(type) uint64_t
+#endif
+
+#if defined(ELEMENT)
+inline namespace ELEMENT {
 #endif
 
 // Ranks of a rank chunk: the tensor core's K step.
@@ -120,15 +124,15 @@ struct ChunkListParams {
 // `shrink_gate_*`: V = gate · scale · (X · Aᵀ) for every chunk of a site group's list.
 struct ShrinkGateParams {
   // [rows][x_stride], in_features used.
-  DEVICE(const struct bf16) x;
+  DEVICE(const struct element) x;
   // [v blocks][LORAMUX_ROW_TILE][16]
-  DEVICE(struct bf16) v;
+  DEVICE(struct element) v;
   // [entries][LORAMUX_ROW_TILE]: 0 for rows that do not use the expert.
   DEVICE(const float) gates;
   DEVICE(const struct RankChunk) chunks;
   DEVICE(const uint32_t) starts;
   // Arenas [chunk][16][in_features] of the group's sites.
-  DEVICE(const struct bf16) a[LORAMUX_MAX_SITES];
+  DEVICE(const struct element) a[LORAMUX_MAX_SITES];
   // [1]: rows of this step.
   DEVICE(const uint32_t) rows;
   // With more than one slice, for `shrink_gate_16` and `gemm_decode_*`: partial sums
@@ -147,11 +151,11 @@ struct ShrinkGateParams {
 // One linear layer of a group.
 struct GemmSite {
   // [out_features][in_features]
-  DEVICE(const struct bf16) weight;
+  DEVICE(const struct element) weight;
   // [out_features], or null.
   DEVICE(const float) bias;
   // Arena [chunk][out_features][16].
-  DEVICE(const struct bf16) b;
+  DEVICE(const struct element) b;
   // [slots]
   DEVICE(const struct SlotChunks) slots;
   uint32_t out_features;
@@ -176,17 +180,17 @@ enum Epilogue {
 // The sum of one output is defined by the group alone: K is cut into `slices` runs of K blocks; a slice is summed in
 // fp32 over ascending k, from zero, then changed column by column where experts do that (their biases in slice 0), then
 // summed over its rank chunks in list order; slices are added in ascending order; bias and residual come last; the
-// result is rounded to bf16 once, or not at all. All kernels keep to it, so a row's bits depend neither on the kernel nor on the other
+// result is rounded to the element type once, or not at all. All kernels keep to it, so a row's bits depend neither on the kernel nor on the other
 // rows.
 struct GemmParams {
   // [rows][x_stride], in_features used.
-  DEVICE(const struct bf16) x;
-  // [rows][y_stride] of bf16, or of floats for LORAMUX_STORE_FP32.
+  DEVICE(const struct element) x;
+  // [rows][y_stride] of elements, or of floats for LORAMUX_STORE_FP32.
   DEVICE(void) y;
   // [rows][y_stride], for LORAMUX_ADD_RESIDUAL; may be y itself.
-  DEVICE(const struct bf16) residual;
+  DEVICE(const struct element) residual;
   // [v blocks][LORAMUX_ROW_TILE][16]
-  DEVICE(const struct bf16) v;
+  DEVICE(const struct element) v;
   // null for a group without adapters.
   DEVICE(const struct RankChunk) chunks;
   DEVICE(const uint32_t) starts;
@@ -274,11 +278,11 @@ struct StepSequence {
 // `embed`: y[row] = table[token[row]] + Σ_chunks V · Bᵀ with V = gate · scale · A[:, token], in fp32, rounded once.
 struct EmbedParams {
   // [vocabulary][width]
-  DEVICE(const struct bf16) table;
+  DEVICE(const struct element) table;
   // [rows]
   DEVICE(const uint32_t) tokens;
   // [rows][y_stride], width used.
-  DEVICE(struct bf16) y;
+  DEVICE(struct element) y;
   // [1]: rows of this step.
   DEVICE(const uint32_t) rows;
   // The chunk list of the lookup as `chunk_lists` leaves it; null for a table without adapters.
@@ -287,9 +291,9 @@ struct EmbedParams {
   // [entries][LORAMUX_ROW_TILE]: 0 for rows that do not use the expert.
   DEVICE(const float) gates;
   // Arena [chunk][vocabulary][16]: the ranks of a token lie side by side.
-  DEVICE(const struct bf16) a;
+  DEVICE(const struct element) a;
   // Arena [chunk][width][16].
-  DEVICE(const struct bf16) b;
+  DEVICE(const struct element) b;
   uint32_t vocabulary;
   uint32_t width;
   uint32_t y_stride;
@@ -303,11 +307,11 @@ struct EmbedParams {
 // `rms_norm`: y = x / √(mean(x²) + ε) ⊙ weight.
 struct RmsNormParams {
   // [rows][x_stride], width used.
-  DEVICE(const struct bf16) x;
+  DEVICE(const struct element) x;
   // [width]
   DEVICE(const float) weight;
   // [rows][y_stride]; may be x.
-  DEVICE(struct bf16) y;
+  DEVICE(struct element) y;
   // [1]: rows of this step.
   DEVICE(const uint32_t) rows;
   uint32_t width;
@@ -322,7 +326,7 @@ struct RmsNormParams {
 // `rope_store`: normalises and rotates q and k in place, then stores k and v in the rows' pages.
 struct RopeStoreParams {
   // [rows][stride]: vectors of head_dim, `heads` of q, `kv_heads` of k, `kv_heads` of v.
-  DEVICE(struct bf16) qkv;
+  DEVICE(struct element) qkv;
   // [head_dim] each, or both null: no normalisation.
   DEVICE(const float) q_norm;
   DEVICE(const float) k_norm;
@@ -332,8 +336,8 @@ struct RopeStoreParams {
   // [rows]
   DEVICE(const struct StepRow) step_rows;
   // One transformer block's [pages][kv_heads][LORAMUX_PAGE][head_dim].
-  DEVICE(struct bf16) keys;
-  DEVICE(struct bf16) values;
+  DEVICE(struct element) keys;
+  DEVICE(struct element) values;
   // [1]: rows of this step.
   DEVICE(const uint32_t) rows;
   uint32_t stride;
@@ -351,9 +355,9 @@ struct RopeStoreParams {
 // `swiglu`: y = silu(gate) ⊙ up.
 struct SwigluParams {
   // [rows][x_stride]: width of gate, width of up.
-  DEVICE(const struct bf16) x;
+  DEVICE(const struct element) x;
   // [rows][y_stride]
-  DEVICE(struct bf16) y;
+  DEVICE(struct element) y;
   // [1]: rows of this step.
   DEVICE(const uint32_t) rows;
   uint32_t width;
@@ -366,11 +370,11 @@ struct SwigluParams {
 // `pick_rows`: y[i] = x[picked[i]].
 struct PickRowsParams {
   // [rows][x_stride], width used.
-  DEVICE(const struct bf16) x;
+  DEVICE(const struct element) x;
   // [count]
   DEVICE(const uint32_t) picked;
   // [count][y_stride]
-  DEVICE(struct bf16) y;
+  DEVICE(struct element) y;
   // [1]: picked rows of this step.
   DEVICE(const uint32_t) count;
   uint32_t width;
@@ -433,12 +437,12 @@ struct AttentionTile {
 // Pages are [kv_heads][LORAMUX_PAGE][head_dim].
 struct AttentionParams {
   // [rows][q_stride], heads · head_dim used; rotated.
-  DEVICE(const struct bf16) q;
+  DEVICE(const struct element) q;
   // [rows][y_stride], heads · head_dim used.
-  DEVICE(struct bf16) y;
+  DEVICE(struct element) y;
   // [pages of the cache][kv_heads][LORAMUX_PAGE][head_dim]; the step's own rows are there already.
-  DEVICE(const struct bf16) keys;
-  DEVICE(const struct bf16) values;
+  DEVICE(const struct element) keys;
+  DEVICE(const struct element) values;
   // Page numbers of all sequences, in order of position.
   DEVICE(const uint32_t) pages;
   DEVICE(const struct AttentionTile) tiles;
@@ -561,6 +565,7 @@ struct SampleParams {
   uint32_t stride;
 };
 
-#if defined(__cplusplus) && !defined(LORAMUX_BINDGEN)
+#if defined(ELEMENT)
+}  // inline namespace ELEMENT
 #include "params_layout.h"
 #endif

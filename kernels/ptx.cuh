@@ -1,9 +1,18 @@
 // Every PTX instruction the kernels use, one named function each; no other file has inline assembly. The emulator has
 // a file of the same name with the host's version of each. Numbers are sections of the PTX ISA 9.0.
 #pragma once
+#include <element_type.h>
 #include <stdint.h>
 
+// The element type as instructions spell it.
+#if defined(LORAMUX_F16)
+#define PTX_ELEMENT "f16"
+#else
+#define PTX_ELEMENT "bf16"
+#endif
+
 namespace ptx {
+inline namespace ELEMENT {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -62,12 +71,12 @@ __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&fragment)[4
                : "memory");
 }
 
-// D[16x8] += A[16x16] · B[16x8], bf16 in, fp32 sums. With g = lane / 4 and q = 2·(lane % 4):
+// D[16x8] += A[16x16] · B[16x8], elements in, fp32 sums. With g = lane / 4 and q = 2·(lane % 4):
 // a: A[g][q..], A[g+8][q..], A[g][q+8..], A[g+8][q+8..], pairs along k; b: B[q..][g], B[q+8..][g], pairs along k;
 // sum: D[g][q], D[g][q+1], D[g+8][q], D[g+8][q+1].
 __device__ __forceinline__ void mma_16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "mma.sync.aligned.m16n8k16.row.col.f32." PTX_ELEMENT "." PTX_ELEMENT ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -84,11 +93,18 @@ __device__ __forceinline__ float exp2(float x) {
 
 // ---- conversion (9.7.9.21) ----
 
-// Two floats rounded to nearest even, `low` first in memory.
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+// Two floats rounded to nearest even, `low` first in memory. In fp16, what is too large becomes infinite.
+__device__ __forceinline__ uint32_t pack(float low, float high) {
   uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  asm("cvt.rn." PTX_ELEMENT "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// The bits of an fp16 value; exact.
+__device__ __forceinline__ float float_of_f16(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
 }
 
 // ---- prefetch (9.7.9.17) ----
@@ -144,4 +160,5 @@ __device__ __forceinline__ void allow_next_grid() {
 #endif
 }
 
+}  // inline namespace ELEMENT
 }  // namespace ptx

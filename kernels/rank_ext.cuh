@@ -13,6 +13,8 @@
 #include <tile.cuh>
 #include <values.cuh>
 
+inline namespace ELEMENT {
+
 // `warp_rows` x 4 warps, each with sums of `row_blocks` x `column_blocks` blocks of 16x8.
 template <uint32_t warp_rows_, uint32_t row_blocks_, uint32_t column_blocks_, uint32_t stages_>
 struct ProductShape {
@@ -264,17 +266,17 @@ class Product {
 
   __device__ __forceinline__ void copy_weights(typename Shape::Stage& stage, uint32_t block) {
     const uint32_t k = block * LORAMUX_K_BLOCK + piece() * piece_values;
-    const bf16* from = p_.site[site()].weight + size_t(weight_row()) * p_.in_features + k;
+    const element* from = p_.site[site()].weight + size_t(weight_row()) * p_.in_features + k;
     copy_columns(stage, from, p_.in_features, k < p_.in_features);
   }
 
   // Pieces for the rows of the weight tile: this thread's row of every warp's columns, `stride` values a row.
-  __device__ __forceinline__ void copy_columns(typename Shape::Stage& stage, const bf16* from, uint32_t stride,
+  __device__ __forceinline__ void copy_columns(typename Shape::Stage& stage, const element* from, uint32_t stride,
                                                bool valid) {
 #pragma unroll
     for (uint32_t i = 0; i < Shape::warp_columns; ++i) {
       void* to = stage.w.piece(threadIdx.x / block_pieces + i * Shape::copied_rows, piece());
-      const bf16* row = from + size_t(i * weight_step()) * stride;
+      const element* row = from + size_t(i * weight_step()) * stride;
       const bool copied = valid && weight_row() + i * weight_step() < out_features();
       if (decodes)
         ptx::copy_async_16(to, row, copied, policy_);
@@ -284,7 +286,7 @@ class Product {
   }
 
   // Likewise for the rows of the input tile; rows past the batch are zeros.
-  __device__ __forceinline__ void copy_rows(typename Shape::Stage& stage, const bf16* from, uint32_t stride,
+  __device__ __forceinline__ void copy_rows(typename Shape::Stage& stage, const element* from, uint32_t stride,
                                             bool valid) {
 #pragma unroll
     for (uint32_t i = 0; i < Shape::rows / Shape::copied_rows; ++i) {
@@ -364,7 +366,7 @@ __device__ __forceinline__ void write_by(const GemmParams& p, const ColumnTile& 
     if (p.epilogue == LORAMUX_STORE_FP32)
       store(static_cast<float*>(p.y) + output, value);
     else
-      store(static_cast<bf16*>(p.y) + output, value);
+      store(static_cast<element*>(p.y) + output, value);
   }
 }
 
@@ -428,3 +430,5 @@ __device__ __forceinline__ void finish_slice(const GemmParams& p, const ColumnTi
   };
   write_outputs<Shape>(p, tile, first_row, rows, total);
 }
+
+}  // inline namespace ELEMENT

@@ -33,18 +33,18 @@ class Head {
 
  private:
   // Where the row's vector of this kv head lies in the cache.
-  __device__ __forceinline__ bf16* cached(bf16* pages, uint32_t kv_head) const {
+  __device__ __forceinline__ element* cached(element* pages, uint32_t kv_head) const {
     const size_t page = step_row_.cache_slot / LORAMUX_PAGE;
     const uint32_t place = step_row_.cache_slot % LORAMUX_PAGE;
     return pages + ((page * p_.kv_heads + kv_head) * LORAMUX_PAGE + place) * p_.head_dim;
   }
 
-  __device__ __forceinline__ void copy_to(bf16* to) const {
+  __device__ __forceinline__ void copy_to(element* to) const {
     for (uint32_t i = lane_ * access; i < p_.head_dim; i += lanes * access) copy<access>(to + i, data_ + i);
   }
 
   // Normalises by `norm` and rotates; writes the result in place, and to `cache` where there is one.
-  __device__ __forceinline__ void turn(const float* norm, bf16* cache) const {
+  __device__ __forceinline__ void turn(const float* norm, element* cache) const {
     const float factor = norm == nullptr ? 1.0f : norm_factor();
     const uint32_t half = p_.rotary_dim / 2, rest = (p_.head_dim - p_.rotary_dim) / 2;
     const size_t angles = (size_t(step_row_.rotary_variant) * p_.positions + step_row_.position) * half;
@@ -101,7 +101,7 @@ class Head {
   const RopeStoreParams& p_;
   const StepRow step_row_;
   const uint32_t head_, lane_;
-  bf16* const data_;
+  element* const data_;
 };
 
 }  // namespace

@@ -19,8 +19,8 @@ __device__ __forceinline__ void for_columns(uint32_t width, Visit visit) {
 
 template <uint32_t access>
 __device__ __forceinline__ void swiglu_row(const SwigluParams& p) {
-  const bf16* x = p.x + size_t(blockIdx.x) * p.x_stride;
-  bf16* y = p.y + size_t(blockIdx.x) * p.y_stride;
+  const element* x = p.x + size_t(blockIdx.x) * p.x_stride;
+  element* y = p.y + size_t(blockIdx.x) * p.y_stride;
   for_columns<access>(p.width, [&](uint32_t column) {
     Values<access> gate = load<access>(x + column);
     const Values<access> up = load<access>(x + p.width + column);
@@ -32,8 +32,8 @@ __device__ __forceinline__ void swiglu_row(const SwigluParams& p) {
 
 template <uint32_t access>
 __device__ __forceinline__ void pick_row(const PickRowsParams& p) {
-  const bf16* x = p.x + size_t(p.picked[blockIdx.x]) * p.x_stride;
-  bf16* y = p.y + size_t(blockIdx.x) * p.y_stride;
+  const element* x = p.x + size_t(p.picked[blockIdx.x]) * p.x_stride;
+  element* y = p.y + size_t(blockIdx.x) * p.y_stride;
   for_columns<access>(p.width, [&](uint32_t column) { copy<access>(y + column, x + column); });
 }
 

@@ -16,6 +16,8 @@
 
 #include <type_traits>
 
+inline namespace ELEMENT {
+
 // `row_groups` x 4 warps; a thread block has `row_groups · row_blocks · 16` rows and `chunks` rank chunks at a time,
 // and stages of `blocks` K blocks. `split`: it has one slice of K, else all of them.
 template <uint32_t row_groups_, uint32_t row_blocks_, uint32_t chunks_, uint32_t blocks_, uint32_t stages_, bool split_>
@@ -190,7 +192,7 @@ class Shrink {
 #pragma unroll
       for (uint32_t i = 0; i < Shape::rows / Shape::copied_rows; ++i) {
         const uint32_t row = threadIdx.x / block_pieces + i * Shape::copied_rows;
-        const bf16* from = p_.x + size_t(first_row_ + row) * p_.x_stride + k;
+        const element* from = p_.x + size_t(first_row_ + row) * p_.x_stride + k;
         ptx::copy_async_16(block.x.piece(row, piece), from, inside && first_row_ + row < rows_);
       }
 #pragma unroll
@@ -245,5 +247,7 @@ class Shrink {
   uint32_t rows_, first_row_;
   // K block that is filled next, and the end of the slice.
   uint32_t block_, block_end_;
-  const bf16* ranks_[rank_passes];
+  const element* ranks_[rank_passes];
 };
+
+}  // inline namespace ELEMENT

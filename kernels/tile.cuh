@@ -7,7 +7,9 @@
 #include <params.h>
 #include <ptx.cuh>
 
-// 16-byte pieces of a row of K block: eight bf16 values each.
+inline namespace ELEMENT {
+
+// 16-byte pieces of a row of K block: eight values each.
 constexpr uint32_t piece_values = 8;
 constexpr uint32_t block_pieces = LORAMUX_K_BLOCK / piece_values;
 // Tensor core steps of a K block; a rank chunk is one step.
@@ -118,3 +120,5 @@ struct WarpSums {
     *reinterpret_cast<float2*>(to + 8 * stride) = make_float2(quad.z, quad.w);
   }
 };
+
+}  // inline namespace ELEMENT

@@ -1,8 +1,10 @@
-// Values that lie side by side, as kernels read and write them: eight at a time, 16 bytes of bf16, where widths, strides
+// Values that lie side by side, as kernels read and write them: eight at a time, 16 bytes of elements, where widths, strides
 // and addresses allow it, else one by one.
 #pragma once
-#include <bf16.cuh>
+#include <element.cuh>
 #include <ptx.cuh>
+
+inline namespace ELEMENT {
 
 template <uint32_t count>
 struct Values {
@@ -11,7 +13,7 @@ struct Values {
 };
 
 template <uint32_t count>
-__device__ __forceinline__ Values<count> load(const bf16* from) {
+__device__ __forceinline__ Values<count> load(const element* from) {
   if constexpr (count == 1) {
     return {{to_float(*from)}};
   } else {
@@ -32,13 +34,13 @@ __device__ __forceinline__ Values<count> load(const float* from) {
 }
 
 template <uint32_t count>
-__device__ __forceinline__ void store(bf16* to, const Values<count>& values) {
+__device__ __forceinline__ void store(element* to, const Values<count>& values) {
   if constexpr (count == 1) {
-    to->bits = static_cast<uint16_t>(ptx::pack_bf16(values.at[0], 0.0f));
+    to->bits = static_cast<uint16_t>(ptx::pack(values.at[0], 0.0f));
   } else {
     *reinterpret_cast<uint4*>(to) =
-        make_uint4(ptx::pack_bf16(values.at[0], values.at[1]), ptx::pack_bf16(values.at[2], values.at[3]),
-                   ptx::pack_bf16(values.at[4], values.at[5]), ptx::pack_bf16(values.at[6], values.at[7]));
+        make_uint4(ptx::pack(values.at[0], values.at[1]), ptx::pack(values.at[2], values.at[3]),
+                   ptx::pack(values.at[4], values.at[5]), ptx::pack(values.at[6], values.at[7]));
   }
 }
 
@@ -63,9 +65,11 @@ __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + exp
 
 // Bits as they are.
 template <uint32_t count>
-__device__ __forceinline__ void copy(bf16* to, const bf16* from) {
+__device__ __forceinline__ void copy(element* to, const element* from) {
   if constexpr (count == 1)
     *to = *from;
   else
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
 }
+
+}  // inline namespace ELEMENT

@@ -16,8 +16,8 @@ use loramux::backend::cuda::params::{
     CHUNK_LISTS_THREADS, ChunkListGroup, ChunkListParams, ChunkListSite, RankChunk, SlotChunks,
 };
 use loramux::backend::cuda::{
-    Arena, CudaError, Device, DeviceBuffer, Element, Kernel, LOST_EXIT_CODE, Launch, Pinned, Stream, Swizzle,
-    TiledTensor,
+    Arena, CudaError, Device, DeviceBuffer, Kernel, LOST_EXIT_CODE, Launch, MapElement, Pinned, Stream,
+    Swizzle, TiledTensor,
 };
 
 /// The system's allocator, which counts what each thread allocates.
@@ -501,7 +501,7 @@ fn a_tensor_map_is_made_or_refused_by_the_first_thing_that_is_wrong_with_it() {
     let stream = device().stream().unwrap();
     let memory = buffer::<u16>(&stream, 4096);
     let right = TiledTensor {
-        element: Element::Bf16,
+        element: MapElement::Bf16,
         address: memory.address(),
         extents: &[64, 64],
         strides: &[128],

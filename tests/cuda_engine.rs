@@ -12,7 +12,7 @@ use std::sync::Arc;
 use common::Case;
 use common::traffic::{self, Room, Traffic};
 use cuda_device::device;
-use loramux::backend::cuda::{Cuda, MemoryOptions};
+use loramux::backend::cuda::{Cuda, Element, MemoryOptions};
 use loramux::engine::request::Request;
 use loramux::engine::{Engine, EngineOptions};
 use loramux::model::Base;
@@ -24,7 +24,7 @@ fn memory(seats: usize) -> MemoryOptions {
 }
 
 fn engine(traffic: &Traffic, room: Room, seats: usize) -> Engine {
-    traffic.engine_on(room, move || Ok(Cuda::on(&device(), memory(seats))?))
+    traffic.engine_on(room, move || Ok(Cuda::on(&device(), memory(seats), Element::Bf16)?))
 }
 
 fn bit_equal_alone_or_among_others(family: &str) {
@@ -80,7 +80,7 @@ fn the_cache_is_made_of_what_is_left_of_the_share() {
             ..EngineOptions::default()
         };
         let memory = MemoryOptions { utilization: share, ..memory(2) };
-        Engine::start_on(Arc::clone(&base), options, move || Ok(Cuda::on(&device(), memory)?))
+        Engine::start_on(Arc::clone(&base), options, move || Ok(Cuda::on(&device(), memory, Element::Bf16)?))
     };
     let engine = start(0.5).unwrap();
     assert_eq!(engine.max_model_len(), 64);

@@ -6,13 +6,15 @@
 mod common;
 #[path = "common/cuda_device.rs"]
 mod cuda_device;
+#[path = "common/element.rs"]
+mod element;
 #[path = "common/random.rs"]
 mod random;
 
 use common::Case;
 use common::forward::{LONGEST, bring, load, logits};
 use cuda_device::{device, on_gpu};
-use loramux::backend::cuda::{Cuda, MemoryOptions};
+use loramux::backend::cuda::{Cuda, Element, MemoryOptions};
 use loramux::backend::sampling::{Draw, Drawn, Sampler, SamplingParams, TokenSource};
 use loramux::backend::{Backend, BackendError, PAGE, Rows};
 use loramux::model::{Transformer, Workspace, WorkspaceSize};
@@ -97,7 +99,7 @@ fn recorded_steps_of_any_mix_give_the_bits_of_whole_prompts() {
     for name in ["llama", "phi3"] {
         let case = Case::open(name);
         let mut random = Random(7);
-        let mut backend = Cuda::on(&device(), MEMORY).unwrap();
+        let mut backend = Cuda::on(&device(), MEMORY, Element::Bf16).unwrap();
         let mixtures = mixtures(&case, SEQUENCES, &mut random);
         let mut decoder = Decoder::new(&mut backend, &case, mixtures);
         let vocabulary = decoder.transformer.config().vocab_size;
@@ -144,7 +146,7 @@ fn promise_7_steady_state_decoding_waits_for_the_sampled_tokens_alone() {
     }
     let case = Case::open("llama");
     let mut random = Random(3);
-    let mut backend = Cuda::on(&device(), MEMORY).unwrap();
+    let mut backend = Cuda::on(&device(), MEMORY, Element::Bf16).unwrap();
     let mixtures = mixtures(&case, 8, &mut random);
     let mut decoder = Decoder::new(&mut backend, &case, mixtures.clone());
     let mut chosen: Vec<usize> = (0..8).collect();

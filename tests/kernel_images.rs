@@ -16,8 +16,9 @@ macro_rules! image {
 }
 static IMAGES: &[(&str, &str)] = &include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
-/// bf16 products on tensor cores with fp32 sums, 16x8x16.
+/// Products on tensor cores with fp32 sums, 16x8x16: of bf16, and in kernels for fp16 of that.
 const MMA: &str = "HMMA.16816.F32.BF16";
+const MMA_F16: &str = "HMMA.16816.F32";
 /// Four 8x8 matrices from shared memory.
 const LOAD_MATRIX: &str = "LDSM.16.M88.4";
 /// The same, each transposed.
@@ -34,7 +35,8 @@ const ADD_SHARED: &str = "ATOMS.ADD";
 /// What other thread blocks have written is visible from here on: a plain load would not say so.
 const ACQUIRE: &str = "LDG.E.STRONG.GPU";
 
-/// By the name of the kernel or of a family of them: what its code must contain.
+/// By the name of the kernel or of a family of them: what its code must contain. Kernels for fp16 are of the family of
+/// their bf16 twins.
 const REQUIRED: [(&str, &[&str]); 11] = [
     ("attention_", &[MMA, LOAD_MATRIX, LOAD_TRANSPOSED, COPY_ASYNC, EXP2]),
     ("chunk_lists", &[]),
@@ -50,6 +52,8 @@ const REQUIRED: [(&str, &[&str]); 11] = [
 ];
 /// The same of every kernel from sm_90: it waits for the grid before it late, and lets the next one start early.
 const REQUIRED_FROM_SM_90: [&str; 2] = ["ACQBULK", "PREEXIT"];
+/// Kernels without 16-bit values, which have no twin.
+const OF_NEITHER: [&str; 2] = ["chunk_lists", "sample"];
 /// Of no kernel: loads and stores of local memory.
 const FORBIDDEN: [&str; 2] = ["LDL", "STL"];
 
@@ -113,6 +117,12 @@ fn every_image_holds_machine_code_of_its_kernels_for_every_architecture() {
             let code = (kernel.clone(), arch.as_str().unwrap().to_owned());
             assert!(compiled.contains(&code), "{kernel} was not compiled for {arch}");
         }
+        let twin = match kernel.strip_suffix("_f16") {
+            Some(of_bf16) => of_bf16.to_owned(),
+            None => format!("{kernel}_f16"),
+        };
+        let has_twin = compiled.iter().any(|(kernel, _)| *kernel == twin);
+        assert_eq!(has_twin, !OF_NEITHER.contains(&kernel.as_str()), "{kernel} and {twin}");
     }
 }
 
@@ -124,7 +134,12 @@ fn kernels_contain_the_instructions_that_their_speed_rests_on() {
         let (_, of_family) = family.unwrap_or_else(|| panic!("{kernel} is not in the list of this test"));
         let generation: u32 = arch.trim_matches(|c: char| !c.is_ascii_digit()).parse().unwrap();
         let of_generation = if generation >= 90 { &REQUIRED_FROM_SM_90[..] } else { &[] };
-        for wanted in of_family.iter().chain(of_generation).filter(|wanted| !code.contains(**wanted)) {
+        let of_type = |&wanted: &&'static str| match wanted {
+            MMA if kernel.ends_with("_f16") => MMA_F16,
+            _ => wanted,
+        };
+        let wanted = of_family.iter().chain(of_generation).map(of_type);
+        for wanted in wanted.filter(|wanted| !code.contains(*wanted)) {
             missing.push(format!("{kernel} on {arch} has no {wanted}"));
         }
     }

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use half::bf16;
-use loramux::backend::cuda::{CudaError, Device, DeviceBuffer, Event, Stream};
+use loramux::backend::cuda::{CudaError, Device, DeviceBuffer, Element, Event, Half, Stream};
 use rayon::prelude::*;
 
 /// Times between two waits.
@@ -77,15 +76,15 @@ pub fn median(values: &mut [f64]) -> f64 {
 }
 
 /// Uniform numbers in (-scale, scale), the same for the same seed.
-pub fn random(len: usize, scale: f32, seed: u64) -> Vec<bf16> {
-    let mut values = vec![bf16::ZERO; len];
+pub fn random(len: usize, scale: f32, seed: u64) -> Vec<Half> {
+    let mut values = vec![Half::ZERO; len];
     values.par_chunks_mut(1 << 16).enumerate().for_each(|(chunk, values)| {
         let mut state = (seed << 32 ^ chunk as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         for value in values {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
-            *value = bf16::from_f32(((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0) * scale);
+            *value = Element::Bf16.round(((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0) * scale);
         }
     });
     values

@@ -5,13 +5,12 @@
 
 use std::sync::Arc;
 
-use half::bf16;
 use loramux::backend::Gates;
 use loramux::backend::cuda::lora::{
     ChunkArena, ChunkLists, Epilogue, LoraKernels, LowRank, Matrix, Scratch, Site, SiteGroup, Step, WorkList,
 };
 use loramux::backend::cuda::params::{RANK_CHUNK, ROW_TILE};
-use loramux::backend::cuda::{CudaError, Device, DeviceBuffer, Graph, Stream};
+use loramux::backend::cuda::{CudaError, Device, DeviceBuffer, Element, Graph, Half, Stream};
 
 use super::cases::{Case, Group, Mix, Part, Ranks, Set};
 use super::device::{Stopwatch, random};
@@ -53,7 +52,7 @@ struct Layer {
     groups: Vec<SiteGroup>,
     /// Inputs of each group, and behind them the outputs of the last. The layer's own input is never written to, so a
     /// layer computes the same however often it runs.
-    activations: Vec<DeviceBuffer<bf16>>,
+    activations: Vec<DeviceBuffer<Half>>,
 }
 
 /// Everything on the GPU.
@@ -92,7 +91,7 @@ impl Layers {
         }
         let all: Vec<_> = layers.iter().flat_map(|layer| &layer.groups).collect();
         Ok(Self {
-            kernels: LoraKernels::new(&device)?,
+            kernels: LoraKernels::new(&device, Element::Bf16)?,
             lists: ChunkLists::new(&stream, &all)?,
             scratch: Scratch::new(&stream, &all)?,
             work: WorkList::new(&device, bounds.rows, bounds.entries.max(1))?,
@@ -176,10 +175,10 @@ impl Layers {
                 self.launch(layer, at, case.batch.rows, Part::Whole)?;
             }
             let outputs = layer.activations.last().expect("outputs follow the inputs");
-            let mut values = vec![bf16::ZERO; outputs.len()];
+            let mut values = vec![Half::ZERO; outputs.len()];
             self.stream.download(outputs, &mut values)?;
-            let wrong = values.iter().filter(|value| !value.is_finite()).count();
-            let zeros = values.iter().filter(|value| **value == bf16::ZERO).count();
+            let wrong = values.iter().filter(|&&value| !Element::Bf16.to_f32(value).is_finite()).count();
+            let zeros = values.iter().filter(|value| **value == Half::ZERO).count();
             if wrong > 0 || zeros > values.len() / 100 {
                 return Err(CudaError::Shape(format!(
                     "outputs of a layer: of {} values, {wrong} are not finite and {zeros} are zero",
@@ -249,7 +248,7 @@ impl Layer {
     ) -> Result<Self, CudaError> {
         let device = stream.device();
         let numbers =
-            |len: usize, scale: f32, seed: u64, purpose: &str, same: Option<&DeviceBuffer<bf16>>| {
+            |len: usize, scale: f32, seed: u64, purpose: &str, same: Option<&DeviceBuffer<Half>>| {
                 let buffer = DeviceBuffer::new(device, len, purpose)?;
                 match same {
                     // SAFETY: both buffers outlive the wait.
@@ -272,6 +271,7 @@ impl Layer {
                     bias: None,
                     chunks: ChunkArena::new(
                         stream,
+                        Element::Bf16,
                         [group.in_features, width],
                         bounds.adapters * bounds.chunks_per_adapter,
                         bounds.adapters,

@@ -1,5 +1,6 @@
 // How a kernel is declared, under the emulator: kernels/device.cuh's twin.
 #pragma once
+#include <element_type.h>
 #include <stdint.h>
 
 #include <string>
@@ -11,7 +12,9 @@
 #define EMULATOR_TEXT_OF(tokens) #tokens
 
 // Enters the kernel in the driver's table; `p` is the driver's copy of the parameters.
-#define KERNEL(name, Params, threads, blocks)                                                                     \
+#define KERNEL(name, Params, threads, blocks) EMULATOR_KERNEL(KERNEL_NAME(name), Params, threads, blocks)
+#define EMULATOR_KERNEL(name, Params, threads, blocks) EMULATOR_KERNEL_OF(name, Params, threads, blocks)
+#define EMULATOR_KERNEL_OF(name, Params, threads, blocks)                                                         \
   static void name(const Params&);                                                                              \
   static const emulator::Kernel name##_kernel(EMULATOR_TEXT(name), sizeof(Params), threads, blocks, __FILE__,     \
                                               [](const void* params) { name(*static_cast<const Params*>(params)); }); \

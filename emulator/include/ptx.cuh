@@ -1,14 +1,17 @@
 // kernels/ptx.cuh's twin: the same functions, on the host.
 #pragma once
+#include <element_type.h>
 #include <stdint.h>
 
 #include <source_location>
 #include <string>
 
 #include "runtime/block.h"
+#include "runtime/elements.h"
 #include "runtime/tensor_core.h"
 
 namespace ptx {
+inline namespace ELEMENT {
 
 // ---- asynchronous copies, global to shared ----
 
@@ -46,7 +49,7 @@ inline void load_matrix_x4_transposed(uint32_t (&fragment)[4], const void* row,
 
 inline void mma_16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                         std::source_location where = std::source_location::current()) {
-  emulator::mma_16x8x16(sum, a, b0, b1, where);
+  emulator::mma_16x8x16(emulator::Element::ELEMENT, sum, a, b0, b1, where);
 }
 
 // ---- arithmetic ----
@@ -58,14 +61,12 @@ inline float exp2(float x) {
 
 // ---- conversion ----
 
-inline uint32_t pack_bf16(float low, float high) {
-  // To the nearest, ties to even; every NaN becomes 0x7fff.
-  const auto round = [](float value) {
-    const auto bits = __builtin_bit_cast(uint32_t, value);
-    return value != value ? 0x7fffu : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  };
-  return round(high) << 16 | round(low);
+inline uint32_t pack(float low, float high) {
+  constexpr auto round = emulator::Element::ELEMENT == emulator::Element::f16 ? emulator::f16_of : emulator::bf16_of;
+  return uint32_t{round(high)} << 16 | round(low);
 }
+
+inline float float_of_f16(uint16_t bits) { return emulator::float_of_f16(bits); }
 
 // ---- prefetch ----
 
@@ -95,4 +96,5 @@ inline void wait_for_count(const uint32_t* counter, uint32_t count) {
 inline void wait_for_previous_grid() {}
 inline void allow_next_grid() {}
 
+}  // inline namespace ELEMENT
 }  // namespace ptx

@@ -68,11 +68,11 @@ struct Mma {
 // Eight floats: a row of B or D.
 using Row [[gnu::vector_size(32)]] = float;
 
-float low_half(uint32_t pair) { return std::bit_cast<float>(pair << 16); }
-float high_half(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
-
-// D[16x8] += A[16x16] · B[16x8].
+// D[16x8] += A[16x16] · B[16x8], where `to_float` reads an element of A and B.
+template <float to_float(uint16_t)>
 [[gnu::always_inline]] inline void multiply(void* const* operands) {
+  const auto low_half = [](uint32_t pair) { return to_float(static_cast<uint16_t>(pair)); };
+  const auto high_half = [](uint32_t pair) { return to_float(static_cast<uint16_t>(pair >> 16)); };
   alignas(32) float a[16][16];
   alignas(32) float b[16][8];
   alignas(32) float d[16][8];
@@ -110,15 +110,23 @@ float high_half(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u)
   }
 }
 
-void combine_mma(void* const* operands, uint32_t) { multiply(operands); }
+template <float to_float(uint16_t)>
+void combine_mma(void* const* operands, uint32_t) {
+  multiply<to_float>(operands);
+}
 
 #if defined(__x86_64__)
 // The same operations in the same order: the bits do not depend on the machine.
-[[gnu::target("avx2")]] void combine_mma_avx2(void* const* operands, uint32_t) { multiply(operands); }
+template <float to_float(uint16_t)>
+[[gnu::target("avx2")]] void combine_mma_avx2(void* const* operands, uint32_t) {
+  multiply<to_float>(operands);
+}
 
-const Collective mma{"mma_16x8x16", __builtin_cpu_supports("avx2") ? combine_mma_avx2 : combine_mma};
+template <float to_float(uint16_t)>
+const Collective mma{"mma_16x8x16", __builtin_cpu_supports("avx2") ? combine_mma_avx2<to_float> : combine_mma<to_float>};
 #else
-const Collective mma{"mma_16x8x16", combine_mma};
+template <float to_float(uint16_t)>
+const Collective mma{"mma_16x8x16", combine_mma<to_float>};
 #endif
 
 constexpr Collective load_matrix{"load_matrix_x4", combine_load_matrix};
@@ -147,9 +155,10 @@ void load_matrix_x4_transposed(uint32_t (&fragment)[4], const void* row, const s
   meet(load_transposed, ~0u, &operand, where);
 }
 
-void mma_16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const std::source_location& where) {
+void mma_16x8x16(Element type, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                 const std::source_location& where) {
   Mma operand{sum, a, b0, b1};
-  meet(mma, ~0u, &operand, where);
+  meet(type == Element::f16 ? mma<float_of_f16> : mma<float_of_bf16>, ~0u, &operand, where);
 }
 
 }  // namespace emulator

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <source_location>
 
+#include "runtime/elements.h"
+
 namespace emulator {
 
 // cp.async of 16 bytes; zeros if not `valid`. Both addresses are checked, and only the bounds of `global` are left to
@@ -15,7 +17,8 @@ void load_matrix_x4(uint32_t (&fragment)[4], const void* row, const std::source_
 // ldmatrix.x4.trans: each matrix transposed.
 void load_matrix_x4_transposed(uint32_t (&fragment)[4], const void* row, const std::source_location& where);
 
-// mma.m16n8k16, bf16 in, fp32 sums over ascending k.
-void mma_16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const std::source_location& where);
+// mma.m16n8k16, `type` in, fp32 sums over ascending k.
+void mma_16x8x16(Element type, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                 const std::source_location& where);
 
 }  // namespace emulator

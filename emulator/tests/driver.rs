@@ -7,6 +7,7 @@ use std::ptr::null_mut;
 
 use common::{Buffer, Device, assert_names, ok};
 use cudarc::driver::sys::{self, CUresult};
+use half::{bf16, f16};
 
 const INVALID_VALUE: CUresult = CUresult::CUDA_ERROR_INVALID_VALUE;
 
@@ -136,27 +137,78 @@ struct Mma {
     repeats: u32,
 }
 
-/// Small numbers that bfloat16 holds exactly, as its bits.
-fn bf16(value: f32) -> u16 {
-    (value.to_bits() >> 16) as u16
+#[test]
+fn tensor_cores_multiply_as_a_loop_does_in_both_types() {
+    let device = Device::open();
+    // Small numbers that both types hold exactly.
+    let a: Vec<f32> = (0..16 * 16).map(|i| ((i * 37 % 61) as f32 - 30.0) / 8.0).collect();
+    let b: Vec<f32> = (0..8 * 16).map(|i| ((i * 29 % 53) as f32 - 26.0) / 16.0).collect();
+    let of_bf16: fn(&f32) -> u16 = |&value| bf16::from_f32(value).to_bits();
+    let of_f16: fn(&f32) -> u16 = |&value| f16::from_f32(value).to_bits();
+    for seed in 0..4 {
+        loramux_emulator::set_seed(seed);
+        for (kernel, bits) in [("test_mma", of_bf16), ("test_mma_f16", of_f16)] {
+            let bits = |values: &[f32]| values.iter().map(bits).collect::<Vec<_>>();
+            let (a_bits, b_bits) = (device.upload(&bits(&a)), device.upload(&bits(&b)));
+            let sums = device.allocate(16 * 8 * 4);
+            let params = Mma { a: a_bits.address, b: b_bits.address, sums: sums.address, repeats: 3 };
+            ok(device.launch(kernel, 1, 32, (16 + 8) * 24 * 2, params));
+            let expected: Vec<f32> = (0..16 * 8)
+                .map(|i| 3.0 * (0..16).map(|k| a[i / 8 * 16 + k] * b[i % 8 * 16 + k]).sum::<f32>())
+                .collect();
+            assert_eq!(device.download::<f32>(sums), expected, "{kernel}");
+        }
+    }
+}
+
+#[repr(C)]
+struct Round {
+    values: u64,
+    pairs: u64,
+    rounded: u64,
+    count: u32,
 }
 
 #[test]
-fn tensor_cores_multiply_as_a_loop_does() {
+fn elements_are_rounded_as_their_type_says() {
     let device = Device::open();
-    let a: Vec<f32> = (0..16 * 16).map(|i| ((i * 37 % 61) as f32 - 30.0) / 8.0).collect();
-    let b: Vec<f32> = (0..8 * 16).map(|i| ((i * 29 % 53) as f32 - 26.0) / 16.0).collect();
-    let bits = |values: &[f32]| values.iter().map(|&value| bf16(value)).collect::<Vec<_>>();
-    let (a_bits, b_bits) = (device.upload(&bits(&a)), device.upload(&bits(&b)));
-    for seed in 0..4 {
-        loramux_emulator::set_seed(seed);
-        let sums = device.allocate(16 * 8 * 4);
-        let params = Mma { a: a_bits.address, b: b_bits.address, sums: sums.address, repeats: 3 };
-        ok(device.launch("test_mma", 1, 32, (16 + 8) * 24 * 2, params));
-        let expected: Vec<f32> = (0..16 * 8)
-            .map(|i| 3.0 * (0..16).map(|k| a[i / 8 * 16 + k] * b[i % 8 * 16 + k]).sum::<f32>())
-            .collect();
-        assert_eq!(device.download::<f32>(sums), expected);
+    // Every fp16 value, its neighbours among floats, and the ties between it and the next one; all powers of two.
+    let mut values = vec![f32::MAX, f32::MIN_POSITIVE, f32::INFINITY, f32::NEG_INFINITY, 65519.996, 65520.0];
+    for bits in 0..=u16::MAX {
+        let [value, next] = [bits, bits.wrapping_add(1)].map(|bits| f16::from_bits(bits).to_f32());
+        if value.is_finite() {
+            values.extend([value, value.next_up(), value.next_down(), (value + next) / 2.0]);
+        }
+    }
+    values.extend((0..255).map(|exponent| f32::from_bits(exponent << 23)));
+    values.extend(values.clone().iter().map(|value| value * 1.000_213));
+    values.retain(|value| !value.is_nan());
+    values.push(f32::NAN);
+    let count = values.len();
+    let on_device = device.upload(&values);
+    type Rounding = fn(f32) -> (u16, f32);
+    let of_bf16: Rounding = |value| (bf16::from_f32(value).to_bits(), bf16::from_f32(value).to_f32());
+    let of_f16: Rounding = |value| (f16::from_f32(value).to_bits(), f16::from_f32(value).to_f32());
+    for (kernel, rounding) in [("test_round", of_bf16), ("test_round_f16", of_f16)] {
+        let (pairs, rounded) = (device.allocate(count * 4), device.allocate(count * 8));
+        let params = Round {
+            values: on_device.address,
+            pairs: pairs.address,
+            rounded: rounded.address,
+            count: count as u32,
+        };
+        ok(device.launch(kernel, count.div_ceil(256) as u32, 256, 0, params));
+        let (pairs, rounded) = (device.download::<u32>(pairs), device.download::<f32>(rounded));
+        for (i, &value) in values.iter().enumerate() {
+            let (bits, float) = rounding(value);
+            // Every NaN becomes the same.
+            let bits = if value.is_nan() { 0x7fff } else { u32::from(bits) };
+            assert_eq!(pairs[i], bits << 16 | bits, "{value} in {kernel}");
+            for float_of_half in [rounded[i * 2], rounded[i * 2 + 1]] {
+                let same = float_of_half.to_bits() == float.to_bits();
+                assert!(same || value.is_nan() && float_of_half.is_nan(), "{value} in {kernel}");
+            }
+        }
     }
 }
 

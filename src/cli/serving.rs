@@ -57,6 +57,26 @@ impl DeviceArg {
     }
 }
 
+/// The type of weights and activations on a GPU, by vLLM's names.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DTypeArg {
+    Auto,
+    Bfloat16,
+    Float16,
+    Float32,
+}
+
+impl DTypeArg {
+    fn dtype(self) -> Option<DType> {
+        match self {
+            Self::Auto => None,
+            Self::Bfloat16 => Some(DType::BF16),
+            Self::Float16 => Some(DType::F16),
+            Self::Float32 => Some(DType::F32),
+        }
+    }
+}
+
 /// Why a model cannot run on this CUDA device: the first of what is missing.
 #[cfg(feature = "cuda")]
 fn why_not_cuda(ordinal: usize) -> Option<String> {
@@ -108,6 +128,16 @@ pub(crate) struct EngineArgs {
     /// Where to run: auto, cpu, cuda or cuda:N
     #[arg(long, env = "LORAMUX_DEVICE", default_value = "auto", value_name = "DEVICE")]
     device: DeviceArg,
+    /// Type of weights and activations on a GPU; auto is float16 for weights stored in it, else bfloat16
+    #[arg(
+        long,
+        env = "LORAMUX_DTYPE",
+        value_enum,
+        hide_possible_values = true,
+        default_value = "auto",
+        value_name = "auto|bfloat16|float16"
+    )]
+    dtype: DTypeArg,
     /// Threads of the CPU backend [default: all cores]
     #[arg(long, env = "LORAMUX_THREADS", value_name = "N")]
     threads: Option<usize>,
@@ -149,6 +179,7 @@ impl EngineArgs {
         let usual = EngineOptions::on(self.device.choose()?);
         Ok(EngineOptions {
             device: usual.device,
+            dtype: self.dtype.dtype(),
             threads: self.threads,
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(usual.max_num_batched_tokens),
@@ -179,11 +210,11 @@ pub(crate) struct ModelArgs {
     pub engine: EngineArgs,
 }
 
-/// What weights are stored in, where some are not as a GPU computes with them.
-fn rounded_from(checkpoint: &Checkpoint) -> Option<DType> {
+/// What weights are stored in, where some are not in the type that a GPU computes with.
+fn rounded_from(checkpoint: &Checkpoint, computed: DType) -> Option<DType> {
     let sites = 0..checkpoint.sites().table.len();
     let stored = |site| checkpoint.site_weight(site).ok().map(|weight| weight.dtype());
-    sites.filter_map(stored).find(|&dtype| dtype != DType::BF16)
+    sites.filter_map(stored).find(|&dtype| dtype != computed)
 }
 
 /// An adapter that was asked for and is not there.
@@ -203,8 +234,12 @@ impl ModelArgs {
             }
         }
         self.check_names(&base.name)?;
-        if let (Device::Cuda(_), Some(stored)) = (options.device, rounded_from(&base.checkpoint)) {
-            eprintln!("note: {}: weights in {stored} are rounded to BF16 on the GPU", self.model.display());
+        if let Device::Cuda(_) = options.device {
+            let dtype = options.gpu_dtype(&base.checkpoint);
+            if let Some(stored) = rounded_from(&base.checkpoint, dtype) {
+                let model = self.model.display();
+                eprintln!("note: {model}: weights in {stored} are rounded to {dtype} on the GPU");
+            }
         }
         let engine = Engine::start(Arc::new(base), options).map_err(Failure::usage)?;
         let mut failed = Vec::new();

@@ -24,7 +24,7 @@ use crate::adapter::peft::{AdapterError, Limits, read_adapter, validate_adapter_
 use crate::adapter::{Adapter, StoreError};
 use crate::backend::cpu::Cpu;
 #[cfg(feature = "cuda")]
-use crate::backend::cuda::Cuda;
+use crate::backend::cuda::{Cuda, Element};
 use crate::backend::{Backend, BackendError};
 use crate::mixture::MixtureError;
 use crate::model::{AdapterLoader, Base, BaseError, ModelError};
@@ -173,7 +173,9 @@ impl Engine {
             #[cfg(feature = "cuda")]
             Device::Cuda(ordinal) => {
                 let memory = options.cuda_memory();
-                Self::start_on(base, options, move || Cuda::open(ordinal, memory))
+                let element = Element::from_dtype(options.gpu_dtype(&base.checkpoint));
+                let element = element.expect("the options allow no other type");
+                Self::start_on(base, options, move || Cuda::open(ordinal, memory, element))
             }
             #[cfg(not(feature = "cuda"))]
             Device::Cuda(_) => Err(EngineError::WithoutCuda),

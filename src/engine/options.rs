@@ -7,7 +7,8 @@ use crate::backend::CHUNK;
 use crate::backend::PAGE;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::MemoryOptions;
-use crate::model::ModelConfig;
+use crate::model::{Checkpoint, ModelConfig};
+use crate::tensor::DType;
 
 /// Adapters on a GPU where nothing is said.
 #[cfg(feature = "cuda")]
@@ -28,6 +29,9 @@ pub enum Device {
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineOptions {
     pub device: Device,
+    /// The type of weights, adapters and activations on a GPU; `None` takes F16 where all weights are stored in it, else
+    /// BF16. The CPU computes in F32 and has no choice.
+    pub dtype: Option<DType>,
     /// Threads of the CPU backend; `None` takes all cores.
     pub threads: Option<usize>,
     /// Most sequences in one step.
@@ -56,6 +60,7 @@ impl Default for EngineOptions {
     fn default() -> Self {
         Self {
             device: Device::Cpu,
+            dtype: None,
             threads: None,
             max_num_seqs: 256,
             max_num_batched_tokens: 512,
@@ -87,6 +92,22 @@ impl EngineOptions {
             0 => Err(EngineError::Option { option, found: "0".to_owned(), wanted: "at least 1".to_owned() }),
             _ => Ok(()),
         };
+        let wanted = match (self.device, self.dtype) {
+            (_, None) | (Device::Cuda(_), Some(DType::BF16 | DType::F16)) => None,
+            (Device::Cuda(_), Some(DType::F32)) => {
+                Some("auto, bfloat16 or float16: GPUs have 16-bit kernels only")
+            }
+            (Device::Cpu, Some(_)) => Some("auto: the CPU computes in float32 on weights as they are stored"),
+        };
+        if let (Some(dtype), Some(wanted)) = (self.dtype, wanted) {
+            let found = match dtype {
+                DType::F32 => "float32",
+                DType::F16 => "float16",
+                DType::BF16 => "bfloat16",
+            };
+            let (found, wanted) = (found.to_owned(), wanted.to_owned());
+            return Err(EngineError::Option { option: "dtype", found, wanted });
+        }
         positive("max-num-seqs", self.max_num_seqs)?;
         positive("max-num-batched-tokens", self.max_num_batched_tokens)?;
         positive("max-loras", self.max_loras.unwrap_or(1))?;
@@ -111,6 +132,14 @@ impl EngineOptions {
             }),
             _ => Ok(()),
         }
+    }
+
+    /// The type of weights, adapters and activations on a GPU.
+    pub fn gpu_dtype(&self, checkpoint: &Checkpoint) -> DType {
+        let is_f16 = |site| checkpoint.site_weight(site).is_ok_and(|weight| weight.dtype() == DType::F16);
+        let stored =
+            || if (0..checkpoint.sites().table.len()).all(is_f16) { DType::F16 } else { DType::BF16 };
+        self.dtype.unwrap_or_else(stored)
     }
 
     /// What a GPU's memory is divided by: room for `max_loras` adapters of the largest rank where that is given, else for

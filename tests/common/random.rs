@@ -1,7 +1,9 @@
 //! Reproducible numbers for tests of kernels.
 #![allow(dead_code, reason = "each test uses some of them")]
 
-use half::bf16;
+use loramux::backend::cuda::Half;
+
+use crate::element::round;
 
 /// splitmix64 (Steele et al. 2014).
 #[derive(Clone)]
@@ -30,7 +32,7 @@ impl Random {
     }
 
     /// In [-size, size).
-    pub fn values(&mut self, count: usize, size: f32) -> Vec<bf16> {
-        (0..count).map(|_| bf16::from_f32(self.number() * size)).collect()
+    pub fn values(&mut self, count: usize, size: f32) -> Vec<Half> {
+        (0..count).map(|_| round(self.number() * size)).collect()
     }
 }

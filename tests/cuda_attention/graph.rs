@@ -1,12 +1,11 @@
 //! Attention as part of a graph.
 
-use half::bf16;
-
-use loramux::backend::cuda::DeviceBuffer;
 use loramux::backend::cuda::attention::AttentionPath::{Split, Whole};
 use loramux::backend::cuda::attention::{AttentionInputs, AttentionLimits, AttentionStep};
+use loramux::backend::cuda::{DeviceBuffer, Half};
 
 use crate::cuda_device::on_gpu;
+use crate::element::NAN;
 use crate::harness::{OnDevice, Piece, Random, bits};
 use crate::{sequences, shape};
 
@@ -21,7 +20,7 @@ fn one_graph_serves_every_mix_of_sequences() {
     let OnDevice { stream, kernels, .. } = &on_device;
     let device = stream.device();
     let sequences = sequences(random, shape, &[600, 150, 90, 3]);
-    let buffer = |len| DeviceBuffer::<bf16>::new(device, len, "activations").expect("memory");
+    let buffer = |len| DeviceBuffer::<Half>::new(device, len, "activations").expect("memory");
     let q = buffer(limits.rows * on_device.q_stride());
     let y = buffer(limits.rows * on_device.y_stride());
     let cache = limits.cache_pages * 16 * shape.kv_heads * shape.head_dim;
@@ -54,7 +53,7 @@ fn one_graph_serves_every_mix_of_sequences() {
         stream.upload(&inputs.values, &values).expect("a copy");
         stream.upload(&inputs.q, q.slice(..inputs.q.len())).expect("a copy");
         let outputs = y.slice(..inputs.rows.len() * on_device.y_stride());
-        let mut padded = vec![bf16::NAN; outputs.len()];
+        let mut padded = vec![NAN; outputs.len()];
         stream.upload(&padded, outputs).expect("a copy");
         let before = (!on_gpu()).then(loramux_emulator::allocations_of_thread);
         work.set(stream, &inputs.rows).expect("a work list");

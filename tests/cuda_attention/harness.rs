@@ -1,24 +1,24 @@
 //! Sequences, the steps they are computed in, what the kernels make of them, and what a plain loop in f64 does.
 
-use half::bf16;
-
 use loramux::backend::cuda::attention::{
     AttentionInputs, AttentionKernels, AttentionLimits, AttentionPath, AttentionStep, AttentionWork,
 };
-use loramux::backend::cuda::{DeviceBuffer, Stream};
+use loramux::backend::cuda::{DeviceBuffer, Half, Stream};
 use loramux::backend::{AttentionShape, PAGE, Rows, SequenceRows};
 
 use crate::cuda_device::device;
+use crate::element::{NAN, element, half_of_smallest, half_ulp};
+pub use crate::element::{bits, f};
 pub use crate::random::Random;
 
 /// One layer's q, k and v of every position of a sequence.
 pub struct Sequence {
     pub length: usize,
     /// `[length, heads, head_dim]`
-    pub q: Vec<bf16>,
+    pub q: Vec<Half>,
     /// `[length, kv_heads, head_dim]`
-    pub k: Vec<bf16>,
-    pub v: Vec<bf16>,
+    pub k: Vec<Half>,
+    pub v: Vec<Half>,
 }
 
 impl Sequence {
@@ -57,9 +57,9 @@ impl Piece {
 
 /// A step's memory on the device, and its row list.
 pub struct Inputs {
-    pub q: Vec<bf16>,
-    pub keys: Vec<bf16>,
-    pub values: Vec<bf16>,
+    pub q: Vec<Half>,
+    pub keys: Vec<Half>,
+    pub values: Vec<Half>,
     pub rows: Rows,
 }
 
@@ -76,7 +76,7 @@ impl OnDevice {
         let device = device();
         Self {
             stream: device.stream().expect("a stream"),
-            kernels: AttentionKernels::new(&device).expect("kernels"),
+            kernels: AttentionKernels::new(&device, element()).expect("kernels"),
             shape,
             limits,
         }
@@ -106,7 +106,7 @@ impl OnDevice {
             free.swap(i, random.below(i + 1));
         }
         let len = self.limits.cache_pages * kv_heads * PAGE * head_dim;
-        let (mut keys, mut values) = (vec![bf16::NAN; len], vec![bf16::NAN; len]);
+        let (mut keys, mut values) = (vec![NAN; len], vec![NAN; len]);
         let (mut q, mut rows) = (Vec::new(), Rows::default());
         for piece in step {
             let sequence = &sequences[piece.sequence];
@@ -125,7 +125,7 @@ impl OnDevice {
             let width = heads * head_dim;
             for row in piece.start..length {
                 q.extend_from_slice(&sequence.q[row * width..(row + 1) * width]);
-                q.resize(q.len() + self.q_stride() - width, bf16::NAN);
+                q.resize(q.len() + self.q_stride() - width, NAN);
             }
             rows.push_sequence(&vec![0; piece.rows], piece.start, 0, &pages, &[]);
         }
@@ -143,7 +143,7 @@ impl OnDevice {
         sequences: &[Sequence],
         window: Option<usize>,
         step: &[Piece],
-    ) -> Vec<Vec<bf16>> {
+    ) -> Vec<Vec<Half>> {
         let inputs = self.inputs(random, sequences, window, step);
         let mut work = self.work();
         let path = |of: &SequenceRows| {
@@ -154,14 +154,14 @@ impl OnDevice {
         let whole = step.iter().any(|piece| piece.path == AttentionPath::Whole && piece.rows > 0);
         assert_eq!(work.has_whole(), whole, "the paths that were asked for");
 
-        let upload = |values: &[bf16]| {
+        let upload = |values: &[Half]| {
             let buffer = DeviceBuffer::new(self.stream.device(), values.len(), "inputs").expect("memory");
             self.stream.upload(values, &buffer).expect("a copy");
             buffer
         };
         let (q, keys, values) = (upload(&inputs.q), upload(&inputs.keys), upload(&inputs.values));
         let rows = inputs.rows.len();
-        let unwritten = vec![bf16::NAN; rows * self.y_stride()];
+        let unwritten = vec![NAN; rows * self.y_stride()];
         let y = upload(&unwritten);
         let of_layer = AttentionInputs {
             q: q.slice(..),
@@ -184,13 +184,13 @@ impl OnDevice {
     }
 
     /// The rows of y by piece, and nothing written beside them.
-    pub fn unpadded(&self, padded: &[bf16], step: &[Piece]) -> Vec<Vec<bf16>> {
+    pub fn unpadded(&self, padded: &[Half], step: &[Piece]) -> Vec<Vec<Half>> {
         let width = self.shape.heads * self.shape.head_dim;
         let mut rows = padded.chunks_exact(self.y_stride());
         let of_piece = |piece: &Piece| {
             let rows = rows.by_ref().take(piece.rows);
             rows.flat_map(|row| {
-                assert!(row[width..].iter().all(|value| value.is_nan()), "written past a row");
+                assert!(row[width..].iter().all(|&value| f(value).is_nan()), "written past a row");
                 row[..width].to_vec()
             })
             .collect()
@@ -201,18 +201,17 @@ impl OnDevice {
 
 /// Panics unless every output of a piece lies within the error that a correct kernel can have.
 ///
-/// Every weight has its own relative error ε: half a unit in the last of bf16's 8 places, and what fp32 scores bring.
-/// A common error of all weights cancels, so an output is off by at most `ε / (1 − ε) · Σ w |v − y|`, by the rounding
-/// of fp32 sums, and by its own rounding to bf16.
+/// Every weight has its own relative error ε: half a unit in its last place, and what fp32 scores bring; one that is
+/// small beside the largest has half the smallest value besides. A common error of all weights cancels, so an output is
+/// off by at most `ε / (1 − ε) · Σ w |v − y|`, by the rounding of fp32 sums, and by its own rounding.
 pub fn assert_close(
     shape: AttentionShape,
     sequence: &Sequence,
     window: Option<usize>,
     piece: &Piece,
-    outputs: &[bf16],
+    outputs: &[Half],
 ) {
     let AttentionShape { heads, kv_heads, head_dim } = shape;
-    let f = |value: bf16| f64::from(value.to_f32());
     let scale = 1.0 / (head_dim as f64).sqrt();
     assert_eq!(outputs.len(), piece.rows * heads * head_dim);
     for row in 0..piece.rows {
@@ -220,7 +219,7 @@ pub fn assert_close(
         let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
         for head in 0..heads {
             let q = &sequence.q[(position * heads + head) * head_dim..][..head_dim];
-            let vector = |of: &[bf16], key: usize| -> Vec<f64> {
+            let vector = |of: &[Half], key: usize| -> Vec<f64> {
                 let at = (key * kv_heads + head / (heads / kv_heads)) * head_dim;
                 of[at..at + head_dim].iter().map(|&value| f(value)).collect()
             };
@@ -235,15 +234,16 @@ pub fn assert_close(
             let weights: Vec<f64> = scores.iter().map(|score| (score - maximum).exp()).collect();
             let total: f64 = weights.iter().sum();
             let values: Vec<Vec<f64>> = (first..=position).map(|key| vector(&sequence.v, key)).collect();
-            let of_weights = 2f64.powi(-8) + largest_size * 2f64.powi(-19) + 2f64.powi(-20);
+            let of_weights = half_ulp() + largest_size * 2f64.powi(-19) + 2f64.powi(-20);
             for d in 0..head_dim {
                 let weighted = |of: &dyn Fn(f64) -> f64| -> f64 {
                     weights.iter().zip(&values).map(|(w, v)| w * of(v[d])).sum::<f64>() / total
                 };
                 let wanted = weighted(&|v| v);
                 let error = of_weights / (1.0 - of_weights) * weighted(&|v| (v - wanted).abs())
+                    + half_of_smallest() * values.iter().map(|v| (v[d] - wanted).abs()).sum::<f64>() / total
                     + 2f64.powi(-18) * weighted(&f64::abs);
-                let error = error + (wanted.abs() + error) * 2f64.powi(-8);
+                let error = error + (wanted.abs() + error) * half_ulp() + half_of_smallest();
                 let got = f(outputs[(row * heads + head) * head_dim + d]);
                 assert!(
                     (got - wanted).abs() <= error,
@@ -252,8 +252,4 @@ pub fn assert_close(
             }
         }
     }
-}
-
-pub fn bits(values: &[bf16]) -> Vec<u16> {
-    values.iter().map(|value| value.to_bits()).collect()
 }

@@ -5,12 +5,15 @@
 
 #[path = "../common/cuda_device.rs"]
 mod cuda_device;
+#[path = "../common/element.rs"]
+mod element;
 mod graph;
 mod harness;
 #[path = "../common/random.rs"]
 mod random;
 mod refusals;
 
+use crate::element::in_both_types;
 use cuda_device::under_thread_orders;
 use harness::{OnDevice, Piece, Random, Sequence, assert_close, bits};
 use loramux::backend::cuda::attention::AttentionLimits;
@@ -67,18 +70,22 @@ fn check(random: &mut Random, shape: AttentionShape, window: Option<usize>, leng
 
 #[test]
 fn every_width_of_heads() {
-    let random = &mut Random(1);
-    for head_dim in [2, 8, 10, 16, 24, 32, 42, 64, 80, 96, 128, 160, 256] {
-        check(random, shape(4, 2, head_dim), None, &[7, 70]);
-    }
+    in_both_types(|| {
+        let random = &mut Random(1);
+        for head_dim in [2, 8, 10, 16, 24, 32, 42, 64, 80, 96, 128, 160, 256] {
+            check(random, shape(4, 2, head_dim), None, &[7, 70]);
+        }
+    });
 }
 
 #[test]
 fn groups_of_query_heads() {
-    let random = &mut Random(2);
-    for (heads, kv_heads) in [(1, 1), (3, 3), (4, 1), (8, 2), (8, 1), (7, 1), (20, 1), (71, 1)] {
-        check(random, shape(heads, kv_heads, 16), None, &[1, 20, 66]);
-    }
+    in_both_types(|| {
+        let random = &mut Random(2);
+        for (heads, kv_heads) in [(1, 1), (3, 3), (4, 1), (8, 2), (8, 1), (7, 1), (20, 1), (71, 1)] {
+            check(random, shape(heads, kv_heads, 16), None, &[1, 20, 66]);
+        }
+    });
 }
 
 #[test]
@@ -110,38 +117,42 @@ fn a_step_without_rows() {
 /// pages are, every row has the same bits.
 #[test]
 fn a_row_has_the_same_bits_in_every_step() {
-    let random = &mut Random(6);
-    let cases = [
-        (shape(4, 1, 32), None),
-        (shape(2, 2, 16), Some(90)),
-        (shape(8, 1, 24), None),
-        (shape(6, 2, 10), Some(513)),
-    ];
-    for (shape, window) in cases {
-        let sequences = sequences(random, shape, &[560, 40, 130, 1]);
-        let on_device = OnDevice::new(shape, LIMITS);
-        let width = shape.heads * shape.head_dim;
-        let alone: Vec<Vec<_>> = (0..sequences.len())
-            .map(|i| on_device.run(random, &sequences, window, &[Piece::all(&sequences, i, Whole)]).remove(0))
-            .collect();
-        let mut done = vec![0; sequences.len()];
-        while done.iter().zip(&sequences).any(|(done, sequence)| *done < sequence.length) {
-            let mut step = Vec::new();
-            for (i, done) in done.iter_mut().enumerate() {
-                let left = sequences[i].length - *done;
-                let most = [0, 1, 1, 5, 70, 150][random.below(6)];
-                let path: AttentionPath = [Whole, Split][random.below(2)];
-                let piece = Piece { sequence: i, start: *done, rows: left.min(most), path };
-                *done += piece.rows;
-                step.insert(random.below(step.len() + 1), piece);
-            }
-            let outputs = on_device.run(random, &sequences, window, &step);
-            for (piece, outputs) in step.iter().zip(&outputs) {
-                let wanted = &alone[piece.sequence][piece.start * width..][..outputs.len()];
-                assert_eq!(bits(outputs), bits(wanted), "{piece:?} of {step:?}");
+    in_both_types(|| {
+        let random = &mut Random(6);
+        let cases = [
+            (shape(4, 1, 32), None),
+            (shape(2, 2, 16), Some(90)),
+            (shape(8, 1, 24), None),
+            (shape(6, 2, 10), Some(513)),
+        ];
+        for (shape, window) in cases {
+            let sequences = sequences(random, shape, &[560, 40, 130, 1]);
+            let on_device = OnDevice::new(shape, LIMITS);
+            let width = shape.heads * shape.head_dim;
+            let alone: Vec<Vec<_>> = (0..sequences.len())
+                .map(|i| {
+                    on_device.run(random, &sequences, window, &[Piece::all(&sequences, i, Whole)]).remove(0)
+                })
+                .collect();
+            let mut done = vec![0; sequences.len()];
+            while done.iter().zip(&sequences).any(|(done, sequence)| *done < sequence.length) {
+                let mut step = Vec::new();
+                for (i, done) in done.iter_mut().enumerate() {
+                    let left = sequences[i].length - *done;
+                    let most = [0, 1, 1, 5, 70, 150][random.below(6)];
+                    let path: AttentionPath = [Whole, Split][random.below(2)];
+                    let piece = Piece { sequence: i, start: *done, rows: left.min(most), path };
+                    *done += piece.rows;
+                    step.insert(random.below(step.len() + 1), piece);
+                }
+                let outputs = on_device.run(random, &sequences, window, &step);
+                for (piece, outputs) in step.iter().zip(&outputs) {
+                    let wanted = &alone[piece.sequence][piece.start * width..][..outputs.len()];
+                    assert_eq!(bits(outputs), bits(wanted), "{piece:?} of {step:?}");
+                }
             }
         }
-    }
+    });
 }
 
 /// Decode rows always find room by splits, several rows of a sequence only while there is some.

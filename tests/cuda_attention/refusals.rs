@@ -1,9 +1,7 @@
 //! What does not fit is refused by name, before anything is launched.
 
-use half::bf16;
-
 use loramux::backend::cuda::attention::{AttentionInputs, AttentionLimits, AttentionStep, AttentionWork};
-use loramux::backend::cuda::{CudaError, DeviceBuffer};
+use loramux::backend::cuda::{CudaError, DeviceBuffer, Half};
 use loramux::backend::{AttentionShape, Rows};
 
 use crate::harness::OnDevice;
@@ -72,7 +70,7 @@ fn buffers_that_do_not_fit() {
     let mut rows = Rows::default();
     rows.push_sequence(&[0; 20], 0, 0, &[0, 1], &[]);
     work.set_by(stream, &rows, |_| loramux::backend::cuda::attention::AttentionPath::Whole).expect("a step");
-    let buffer = |len| DeviceBuffer::<bf16>::new(stream.device(), len, "a buffer").expect("memory");
+    let buffer = |len| DeviceBuffer::<Half>::new(stream.device(), len, "a buffer").expect("memory");
     let (q, y, cache) = (buffer(20 * 64), buffer(20 * 32), buffer(4 * 16 * 16));
     let good = AttentionInputs {
         q: q.slice(..),

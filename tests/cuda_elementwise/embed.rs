@@ -1,7 +1,6 @@
 //! `embed` against a plain loop, with and without adapters of the lookup.
 
-use half::bf16;
-
+use loramux::backend::cuda::Half;
 use loramux::backend::cuda::elementwise::{EmbeddingTable, LookupExperts, StepRows};
 use loramux::backend::cuda::lora::{
     ChunkArena, ChunkLists, LoraKernels, LowRank, RankChunk, Site, SiteGroup, WorkList,
@@ -10,6 +9,7 @@ use loramux::backend::{Rows, SequenceRows};
 
 use crate::SEEDS;
 use crate::cuda_device::under_thread_orders;
+use crate::element::{element, in_both_types};
 use crate::harness::{OnDevice, Padded, Random, assert_close, bits, f, limits};
 
 const TILE: usize = 128;
@@ -20,14 +20,14 @@ const CELLS: usize = 2;
 /// A table and experts, each of some chunks of 16 ranks.
 struct Table {
     width: usize,
-    weight: Vec<bf16>,
+    weight: Vec<Half>,
     /// First chunk of each expert, and the end.
     first_chunks: Vec<usize>,
     scales: Vec<f32>,
     /// `[chunk][vocabulary][16]`
-    a: Vec<bf16>,
+    a: Vec<Half>,
     /// `[chunk][width][16]`
-    b: Vec<bf16>,
+    b: Vec<Half>,
 }
 
 impl Table {
@@ -159,26 +159,30 @@ fn any_rows(random: &mut Random, count: usize, experts: usize) -> Vec<Row> {
 
 #[test]
 fn rows_without_adapters_are_copies() {
-    let random = &mut Random(11);
-    for (width, stride) in [(8, 8), (4104, 4112), (64, 67), (2077, 2080)] {
-        let table = Table::new(random, width, &[]);
-        for count in [0, 1, 7] {
-            let rows = any_rows(random, count, 0);
-            under_thread_orders(SEEDS, || assert_embedded(&table, &rows, &embed(&table, &rows, stride)));
+    in_both_types(|| {
+        let random = &mut Random(11);
+        for (width, stride) in [(8, 8), (4104, 4112), (64, 67), (2077, 2080)] {
+            let table = Table::new(random, width, &[]);
+            for count in [0, 1, 7] {
+                let rows = any_rows(random, count, 0);
+                under_thread_orders(SEEDS, || assert_embedded(&table, &rows, &embed(&table, &rows, stride)));
+            }
         }
-    }
+    });
 }
 
 #[test]
 fn adapters_of_the_lookup_are_within_their_error() {
-    let random = &mut Random(12);
-    for (width, stride) in [(8, 16), (72, 80), (2312, 2312), (77, 80), (2051, 2053)] {
-        let table = Table::new(random, width, &[1, 3, 0, 2]);
-        for count in [0, 1, 9] {
-            let rows = any_rows(random, count, 4);
-            under_thread_orders(SEEDS, || assert_embedded(&table, &rows, &embed(&table, &rows, stride)));
+    in_both_types(|| {
+        let random = &mut Random(12);
+        for (width, stride) in [(8, 16), (72, 80), (2312, 2312), (77, 80), (2051, 2053)] {
+            let table = Table::new(random, width, &[1, 3, 0, 2]);
+            for count in [0, 1, 9] {
+                let rows = any_rows(random, count, 4);
+                under_thread_orders(SEEDS, || assert_embedded(&table, &rows, &embed(&table, &rows, stride)));
+            }
         }
-    }
+    });
 }
 
 #[test]
@@ -207,65 +211,70 @@ fn an_embedded_row_has_the_same_bits_in_every_batch() {
 /// Experts loaded into a lookup's arena, and the lists that its group builds.
 #[test]
 fn adapters_from_a_work_list() {
-    let random = &mut Random(15);
-    let ranks = [5, 40, 16];
-    for (width, row_count) in [(72, 9), (13, 140)] {
-        let a: Vec<_> = ranks.iter().map(|&rank| random.values(rank * VOCABULARY, 1.0)).collect();
-        let b: Vec<_> = ranks.iter().map(|&rank| random.values(width * rank, 0.5)).collect();
-        let mut table = Table::new(random, width, &ranks.map(|rank: usize| rank.div_ceil(16)));
-        table.a.fill(bf16::ZERO);
-        table.b.fill(bf16::ZERO);
-        for (expert, rank) in ranks.into_iter().enumerate() {
-            for r in 0..rank {
-                let chunk = table.first_chunks[expert] + r / 16;
-                for token in 0..VOCABULARY {
-                    table.a[(chunk * VOCABULARY + token) * 16 + r % 16] = a[expert][r * VOCABULARY + token];
+    in_both_types(|| {
+        let random = &mut Random(15);
+        let ranks = [5, 40, 16];
+        for (width, row_count) in [(72, 9), (13, 140)] {
+            let a: Vec<_> = ranks.iter().map(|&rank| random.values(rank * VOCABULARY, 1.0)).collect();
+            let b: Vec<_> = ranks.iter().map(|&rank| random.values(width * rank, 0.5)).collect();
+            let mut table = Table::new(random, width, &ranks.map(|rank: usize| rank.div_ceil(16)));
+            table.a.fill(Half::ZERO);
+            table.b.fill(Half::ZERO);
+            for (expert, rank) in ranks.into_iter().enumerate() {
+                for r in 0..rank {
+                    let chunk = table.first_chunks[expert] + r / 16;
+                    for token in 0..VOCABULARY {
+                        table.a[(chunk * VOCABULARY + token) * 16 + r % 16] =
+                            a[expert][r * VOCABULARY + token];
+                    }
+                    for column in 0..width {
+                        table.b[(chunk * width + column) * 16 + r % 16] = b[expert][column * rank + r];
+                    }
                 }
-                for column in 0..width {
-                    table.b[(chunk * width + column) * 16 + r % 16] = b[expert][column * rank + r];
+            }
+            let rows = any_rows(random, row_count, 3);
+            under_thread_orders(SEEDS, || {
+                let on = OnDevice::new();
+                let mut chunks = ChunkArena::for_lookup(&on.stream, element(), [VOCABULARY, width], 6, 3, 48)
+                    .expect("an arena");
+                for (slot, rank) in ranks.into_iter().enumerate() {
+                    let (a, b, scale) = (&a[slot], &b[slot], table.scales[slot]);
+                    let pair =
+                        LowRank { rank, a, b, scale, column_scale: None, bias: None, order: slot as u64 };
+                    chunks.load(&on.stream, slot, &pair).expect("an expert");
                 }
-            }
-        }
-        let rows = any_rows(random, row_count, 3);
-        under_thread_orders(SEEDS, || {
-            let on = OnDevice::new();
-            let mut chunks =
-                ChunkArena::for_lookup(&on.stream, [VOCABULARY, width], 6, 3, 48).expect("an arena");
-            for (slot, rank) in ranks.into_iter().enumerate() {
-                let (a, b, scale) = (&a[slot], &b[slot], table.scales[slot]);
-                let pair = LowRank { rank, a, b, scale, column_scale: None, bias: None, order: slot as u64 };
-                chunks.load(&on.stream, slot, &pair).expect("an expert");
-            }
-            let site = Site { weight: on.upload(&table.weight), bias: None, chunks };
-            let group = SiteGroup::new(on.device(), vec![site], row_count, 12).expect("a group");
-            let lists = ChunkLists::new(&on.stream, &[&group]).expect("lists");
-            let mut work = WorkList::new(on.device(), row_count, 6).expect("a work list");
-            let mut steps = StepRows::new(on.device(), limits()).expect("steps");
-            let mut step = Rows::default();
-            for (token, experts) in &rows {
-                step.tokens.push(*token);
-                let entries: Vec<_> = experts.iter().map(|&(expert, gate)| (expert as u32, gate)).collect();
-                step.gates.push_rows(1, &entries);
-            }
-            step.sequences = (0..row_count.div_ceil(96))
-                .map(|i| SequenceRows {
-                    rows: i * 96..row_count.min((i + 1) * 96),
-                    start: 0,
-                    rotary_variant: 0,
-                    pages: 0..6,
-                })
-                .collect();
-            step.pages = vec![0; 6];
-            steps.set(&on.stream, &step, &[]).expect("a step");
-            work.set(&on.stream, &step.gates, u64::from).expect("a work list");
-            let lora = LoraKernels::new(on.device()).expect("kernels");
-            lists.build(&on.stream, &lora, &work).expect("chunk lists");
-            let y = on.to_rows(row_count, width, width, |y, _| {
-                let lookup = group.lookup(&work).expect("a lookup");
-                let count = work.row_count(row_count, true);
-                on.kernels.embed(&on.stream, &lookup, &steps, count, y).expect("embed");
+                let site = Site { weight: on.upload(&table.weight), bias: None, chunks };
+                let group = SiteGroup::new(on.device(), vec![site], row_count, 12).expect("a group");
+                let lists = ChunkLists::new(&on.stream, &[&group]).expect("lists");
+                let mut work = WorkList::new(on.device(), row_count, 6).expect("a work list");
+                let mut steps = StepRows::new(on.device(), limits()).expect("steps");
+                let mut step = Rows::default();
+                for (token, experts) in &rows {
+                    step.tokens.push(*token);
+                    let entries: Vec<_> =
+                        experts.iter().map(|&(expert, gate)| (expert as u32, gate)).collect();
+                    step.gates.push_rows(1, &entries);
+                }
+                step.sequences = (0..row_count.div_ceil(96))
+                    .map(|i| SequenceRows {
+                        rows: i * 96..row_count.min((i + 1) * 96),
+                        start: 0,
+                        rotary_variant: 0,
+                        pages: 0..6,
+                    })
+                    .collect();
+                step.pages = vec![0; 6];
+                steps.set(&on.stream, &step, &[]).expect("a step");
+                work.set(&on.stream, &step.gates, u64::from).expect("a work list");
+                let lora = LoraKernels::new(on.device(), element()).expect("kernels");
+                lists.build(&on.stream, &lora, &work).expect("chunk lists");
+                let y = on.to_rows(row_count, width, width, |y, _| {
+                    let lookup = group.lookup(&work).expect("a lookup");
+                    let count = work.row_count(row_count, true);
+                    on.kernels.embed(&on.stream, &lookup, &steps, count, y).expect("embed");
+                });
+                assert_embedded(&table, &rows, &y);
             });
-            assert_embedded(&table, &rows, &y);
-        });
-    }
+        }
+    });
 }

@@ -2,28 +2,28 @@
 
 use std::sync::Arc;
 
-use half::bf16;
-
 use loramux::backend::cuda::elementwise::{ElementwiseKernels, Matrix, RowCount, StepLimits};
-use loramux::backend::cuda::{Device, DeviceBuffer, Stream};
+use loramux::backend::cuda::{Device, DeviceBuffer, Half, Stream};
 
 use crate::cuda_device::device;
+pub use crate::element::{bits, f};
+use crate::element::{element, half_of_smallest, half_ulp};
 pub use crate::random::Random;
 
-/// What no kernel writes: where it stays, nobody has written.
-pub const UNTOUCHED: bf16 = bf16::from_bits(0x7fa5);
+/// What no kernel writes, no number in either type: where it stays, nobody has written.
+pub const UNTOUCHED: Half = Half(0x7fa5);
 
 /// Rows of `width` with something between them, and behind them, that is neither read nor written.
 #[derive(Clone)]
 pub struct Padded {
     pub width: usize,
     pub stride: usize,
-    pub values: Vec<bf16>,
+    pub values: Vec<Half>,
 }
 
 impl Padded {
     /// `values` `[rows, width]`, and `room` rows that hold nothing.
-    pub fn new(values: &[bf16], width: usize, stride: usize, room: usize) -> Self {
+    pub fn new(values: &[Half], width: usize, stride: usize, room: usize) -> Self {
         let rows = values.len() / width;
         let mut padded = vec![UNTOUCHED; (rows + room) * stride];
         for (to, from) in padded.chunks_exact_mut(stride).zip(values.chunks_exact(width)) {
@@ -32,7 +32,7 @@ impl Padded {
         Self { width, stride, values: padded }
     }
 
-    pub fn row(&self, row: usize) -> &[bf16] {
+    pub fn row(&self, row: usize) -> &[Half] {
         &self.values[row * self.stride..][..self.width]
     }
 
@@ -41,7 +41,7 @@ impl Padded {
         for (i, value) in self.values.iter().enumerate() {
             if i / self.stride >= rows || i % self.stride >= self.width {
                 let (row, column) = (i / self.stride, i % self.stride);
-                assert_eq!(value.to_bits(), UNTOUCHED.to_bits(), "row {row}, column {column} of {rows} rows");
+                assert_eq!(*value, UNTOUCHED, "row {row}, column {column} of {rows} rows");
             }
         }
     }
@@ -58,7 +58,7 @@ impl OnDevice {
         let device = device();
         Self {
             stream: device.stream().expect("a stream"),
-            kernels: ElementwiseKernels::new(&device).expect("kernels"),
+            kernels: ElementwiseKernels::new(&device, element()).expect("kernels"),
         }
     }
 
@@ -95,7 +95,7 @@ impl OnDevice {
         y
     }
 
-    pub fn matrix_of(&self, padded: &Padded) -> (DeviceBuffer<bf16>, usize) {
+    pub fn matrix_of(&self, padded: &Padded) -> (DeviceBuffer<Half>, usize) {
         (self.upload(&padded.values), padded.stride)
     }
 }
@@ -105,7 +105,7 @@ pub fn count_of(count: &DeviceBuffer<u32>, rows: usize) -> RowCount<'_> {
     RowCount { count: count.slice(..), bound: rows + 1, overlap: true }
 }
 
-pub fn matrix((buffer, stride): &(DeviceBuffer<bf16>, usize)) -> Matrix<'_> {
+pub fn matrix((buffer, stride): &(DeviceBuffer<Half>, usize)) -> Matrix<'_> {
     Matrix { data: buffer.slice(..), stride: *stride }
 }
 
@@ -123,18 +123,9 @@ pub fn limits() -> StepLimits {
     }
 }
 
-pub fn bits(values: &[bf16]) -> Vec<u16> {
-    values.iter().map(|value| value.to_bits()).collect()
-}
-
-pub fn f(value: bf16) -> f64 {
-    f64::from(value.to_f32())
-}
-
-/// Panics unless `got` is `wanted`, give or take `error` before it was rounded to bf16: half a unit in the last of
-/// eight places.
-pub fn assert_close(got: bf16, wanted: f64, error: f64, what: impl FnOnce() -> String) {
-    let bound = error + (wanted.abs() + error) / 256.0;
+/// Panics unless `got` is `wanted`, give or take `error` before it was rounded.
+pub fn assert_close(got: Half, wanted: f64, error: f64, what: impl FnOnce() -> String) {
+    let bound = error + (wanted.abs() + error) * half_ulp() + half_of_smallest();
     let got = f(got);
     assert!((got - wanted).abs() <= bound + 1e-30, "{}: {got}, wanted {wanted} ± {bound}", what());
 }

@@ -5,6 +5,8 @@
 
 #[path = "../common/cuda_device.rs"]
 mod cuda_device;
+#[path = "../common/element.rs"]
+mod element;
 mod embed;
 mod harness;
 #[path = "../common/random.rs"]

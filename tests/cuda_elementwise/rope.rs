@@ -1,12 +1,12 @@
 //! `rope_store` against a plain loop, and the pages that it leaves.
 
-use half::bf16;
-
+use loramux::backend::cuda::Half;
 use loramux::backend::cuda::elementwise::{BlockPages, HeadNormWeights, Rotary, StepRows};
 use loramux::backend::{AttentionShape, PAGE, RotaryTables, Rows};
 
 use crate::SEEDS;
 use crate::cuda_device::under_thread_orders;
+use crate::element::in_both_types;
 use crate::harness::{OnDevice, Padded, Random, UNTOUCHED, assert_close, bits, f, limits, matrix};
 
 const EPSILON: f32 = 1e-6;
@@ -49,8 +49,8 @@ fn three_sequences() -> Rows {
 /// Rows after the launch, keys and values.
 struct Result {
     qkv: Padded,
-    keys: Vec<bf16>,
-    values: Vec<bf16>,
+    keys: Vec<Half>,
+    values: Vec<Half>,
 }
 
 fn rope_store(layer: &Layer, rows: &Rows, qkv: &Padded) -> Result {
@@ -77,7 +77,7 @@ fn rope_store(layer: &Layer, rows: &Rows, qkv: &Padded) -> Result {
 /// A head after normalisation and rotation, with the error of each element.
 fn turned(
     layer: &Layer,
-    head: &[bf16],
+    head: &[Half],
     norm: Option<&Vec<f32>>,
     variant: usize,
     at: usize,
@@ -142,28 +142,32 @@ fn check(layer: &Layer, rows: &Rows, before: &Padded, after: &Result) {
 
 #[test]
 fn heads_are_turned_and_stored() {
-    let random = &mut Random(21);
-    for (widths, padding) in [
-        ([4, 2, 64, 64], 8),
-        ([3, 1, 128, 128], 0),
-        ([17, 3, 256, 64], 16),
-        ([2, 1, 80, 32], 8),
-        ([2, 2, 96, 96], 0),
-        // One value at a time: halves that are no accesses of 16 bytes, and rows that do not start on one.
-        ([3, 1, 24, 24], 8),
-        ([2, 1, 20, 6], 4),
-        ([2, 1, 64, 64], 1),
-    ] {
-        for norms in [false, true] {
-            let layer = Layer::new(random, widths, norms);
-            let width = layer.shape.qkv_width();
-            for rows in [Rows::default(), three_sequences()] {
-                let values = random.values(rows.len() * width, 2.0);
-                let qkv = Padded::new(&values, width, width + padding, 1);
-                under_thread_orders(SEEDS, || check(&layer, &rows, &qkv, &rope_store(&layer, &rows, &qkv)));
+    in_both_types(|| {
+        let random = &mut Random(21);
+        for (widths, padding) in [
+            ([4, 2, 64, 64], 8),
+            ([3, 1, 128, 128], 0),
+            ([17, 3, 256, 64], 16),
+            ([2, 1, 80, 32], 8),
+            ([2, 2, 96, 96], 0),
+            // One value at a time: halves that are no accesses of 16 bytes, and rows that do not start on one.
+            ([3, 1, 24, 24], 8),
+            ([2, 1, 20, 6], 4),
+            ([2, 1, 64, 64], 1),
+        ] {
+            for norms in [false, true] {
+                let layer = Layer::new(random, widths, norms);
+                let width = layer.shape.qkv_width();
+                for rows in [Rows::default(), three_sequences()] {
+                    let values = random.values(rows.len() * width, 2.0);
+                    let qkv = Padded::new(&values, width, width + padding, 1);
+                    under_thread_orders(SEEDS, || {
+                        check(&layer, &rows, &qkv, &rope_store(&layer, &rows, &qkv))
+                    });
+                }
             }
         }
-    }
+    });
 }
 
 /// Promise 3: a row alone has the bits that it has among others.

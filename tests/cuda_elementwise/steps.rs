@@ -1,11 +1,9 @@
 //! Steps within fixed limits: one graph for all of them, and errors for those outside.
 
-use half::bf16;
-
 use loramux::backend::cuda::elementwise::{
     BlockPages, EmbeddingTable, Matrix, Rotary, RowCount, StepLimits, StepRows,
 };
-use loramux::backend::cuda::{CudaError, DeviceBuffer};
+use loramux::backend::cuda::{CudaError, DeviceBuffer, Half};
 use loramux::backend::{AttentionShape, PAGE, RotaryTables, Rows};
 
 use crate::SEEDS;
@@ -20,14 +18,14 @@ const WIDTH: usize = 4 * 64;
 struct Step {
     on: OnDevice,
     steps: StepRows,
-    table: DeviceBuffer<bf16>,
+    table: DeviceBuffer<Half>,
     weight: DeviceBuffer<f32>,
     rotary: Rotary,
-    keys: DeviceBuffer<bf16>,
-    values: DeviceBuffer<bf16>,
-    x: DeviceBuffer<bf16>,
-    activated: DeviceBuffer<bf16>,
-    y: DeviceBuffer<bf16>,
+    keys: DeviceBuffer<Half>,
+    values: DeviceBuffer<Half>,
+    x: DeviceBuffer<Half>,
+    activated: DeviceBuffer<Half>,
+    y: DeviceBuffer<Half>,
 }
 
 impl Step {

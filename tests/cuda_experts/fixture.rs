@@ -1,12 +1,11 @@
 //! A small model's site groups, adapters for them, and what a directly loaded arena holds.
 
-use half::bf16;
-
 use loramux::backend::cuda::experts::ExpertMemory;
 use loramux::backend::cuda::lora::{ArenaShape, ChunkArena, LowRank, Site, SiteGroup, SlotContent};
-use loramux::backend::cuda::{CudaError, DeviceBuffer, Stream};
+use loramux::backend::cuda::{CudaError, DeviceBuffer, Half, Stream};
 
 use crate::cuda_device::device;
+use crate::element::element;
 use crate::random::Random;
 
 /// Widths of the sites of each group; the last is a lookup.
@@ -24,8 +23,8 @@ pub fn sites() -> impl Iterator<Item = [usize; 2]> {
 pub struct Pair {
     pub site: [usize; 2],
     pub rank: usize,
-    pub a: Vec<bf16>,
-    pub b: Vec<bf16>,
+    pub a: Vec<Half>,
+    pub b: Vec<Half>,
     pub column_scale: Option<Vec<f32>>,
     pub bias: Option<Vec<f32>>,
 }
@@ -172,9 +171,10 @@ pub fn groups(stream: &Stream, seats: usize, chunks: usize) -> Vec<SiteGroup> {
     let of_group = |(group, widths): (usize, &&[[usize; 2]])| {
         let sites = widths.iter().map(|&[input, output]| {
             let weight = DeviceBuffer::new(stream.device(), input * output, "a weight").expect("memory");
-            stream.upload(&vec![bf16::ZERO; input * output], &weight).expect("a copy");
+            stream.upload(&vec![Half::ZERO; input * output], &weight).expect("a copy");
             let lookup = group == LOOKUP;
             let shape = ArenaShape {
+                element: element(),
                 in_features: input,
                 out_features: output,
                 lookup,

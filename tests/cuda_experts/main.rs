@@ -5,6 +5,8 @@
 
 #[path = "../common/cuda_device.rs"]
 mod cuda_device;
+#[path = "../common/element.rs"]
+mod element;
 mod fixture;
 mod products;
 #[path = "../common/random.rs"]

@@ -1,15 +1,14 @@
 //! A row's product has the same bits with an expert that was brought as with one that was loaded.
 
-use half::bf16;
-
 use loramux::backend::Gates;
-use loramux::backend::cuda::DeviceBuffer;
 use loramux::backend::cuda::Stream;
 use loramux::backend::cuda::lora::{
     ChunkLists, Epilogue, LoraKernels, Matrix, Scratch, SiteGroup, Step, WorkList,
 };
+use loramux::backend::cuda::{DeviceBuffer, Half};
 
 use crate::cuda_device::under_thread_orders;
+use crate::element::{element, in_both_types};
 use crate::fixture::{Adapter, Fixture, groups};
 use crate::random::Random;
 
@@ -20,13 +19,13 @@ const WIDTH: usize = 64;
 fn product(
     stream: &Stream,
     group: &SiteGroup,
-    x: &[bf16],
+    x: &[Half],
     gates: &[Vec<(usize, f32)>],
     slots: &[u32],
     orders: &[u64],
 ) -> Vec<u16> {
     let device = stream.device();
-    let kernels = LoraKernels::new(device).expect("kernels");
+    let kernels = LoraKernels::new(device, element()).expect("kernels");
     let lists = ChunkLists::new(stream, &[group]).expect("lists");
     let scratch = Scratch::new(stream, &[group]).expect("scratch");
     let mut work = WorkList::new(device, 16, 16).expect("a work list");
@@ -47,14 +46,16 @@ fn product(
     kernels.shrink_gate(stream, group, from, &step).expect("shrink_gate");
     kernels.product(stream, group, from, to, Epilogue::Store, &step).expect("the product");
     assert!(!lists.take_overflow(stream).expect("the flag"), "a list has overflowed");
-    let mut values = vec![bf16::ZERO; ROWS * WIDTH];
+    let mut values = vec![Half::ZERO; ROWS * WIDTH];
     stream.download(&y, &mut values).expect("the outputs");
-    values.iter().map(|value| value.to_bits()).collect()
+    values.iter().map(|value| value.0).collect()
 }
 
 #[test]
 fn experts_that_were_brought_compute_what_loaded_ones_do() {
-    under_thread_orders(2, compare);
+    in_both_types(|| {
+        under_thread_orders(2, compare);
+    });
 }
 
 fn compare() {

@@ -5,6 +5,7 @@ use loramux::backend::cuda::experts::StagedExpert;
 use loramux::backend::cuda::lora::{ArenaShape, ChunkArena, LowRank};
 
 use crate::cuda_device::{device, on_gpu};
+use crate::element::{NAN, element};
 use crate::fixture::{Adapter, Fixture, sites};
 use crate::random::Random;
 
@@ -102,6 +103,7 @@ fn small_experts_take_little_and_large_ones_few_slabs() {
     let random = &mut Random(15);
     let device = device();
     let shape = |in_features, chunks| ArenaShape {
+        element: element(),
         in_features,
         out_features: 8,
         lookup: false,
@@ -180,6 +182,7 @@ fn columns_take_memory_once_and_change_the_generation() {
 fn bytes_of_an_arena() {
     let stream = device().stream().expect("a stream");
     let shape = ArenaShape {
+        element: element(),
         in_features: 1 << 10,
         out_features: 3 << 10,
         lookup: false,
@@ -221,7 +224,7 @@ fn pairs_are_refused_as_an_arena_refuses_them() {
     fixture.bring_and_wait(&[1], &[]);
     let pair = adapter.pair([0, 0]).expect("a pair");
     let mut bad = pair.a.to_vec();
-    bad[70] = half::bf16::NAN;
+    bad[70] = NAN;
     let large = Adapter::of_rank(random, 49);
     let larger = Adapter::of_rank(random, 65);
     let shape = |what: &str| CudaError::Shape(what.to_owned());

@@ -8,6 +8,8 @@ mod cases;
 #[path = "../common/cuda_device.rs"]
 mod cuda_device;
 mod edges;
+#[path = "../common/element.rs"]
+mod element;
 mod harness;
 #[path = "../common/random.rs"]
 mod random;

@@ -1,12 +1,11 @@
 //! Products of a layer that an adapter puts in the place of a whole one, over a run of a step's rows.
 
-use bytemuck::Pod;
-
-use loramux::backend::cuda::DeviceSlice;
 use loramux::backend::cuda::elementwise::RowCount;
 use loramux::backend::cuda::lora::{FrozenLayer, Matrix, Outputs, ProductKernel, Scratch};
+use loramux::backend::cuda::{DeviceSlice, Half};
 
 use crate::cuda_device::under_thread_orders;
+use crate::element::Value;
 use crate::harness::{Batch, Group, OnDevice, Output, Random};
 use crate::{bits, runs};
 
@@ -18,11 +17,10 @@ struct Run {
 }
 
 /// Outputs `[rows, stride]` of nothing but a run.
-fn outputs<T: Pod + Into<f32>>(
+fn outputs<T: Value>(
     group: &Group,
     batch: &Batch,
     run: &Run,
-    nan: T,
     padding: usize,
     as_outputs: impl for<'a> Fn(DeviceSlice<'a, T>, usize) -> Outputs<'a>,
 ) -> Vec<f32> {
@@ -30,7 +28,7 @@ fn outputs<T: Pod + Into<f32>>(
     let (width, input) = (group.widths[0], group.in_features);
     let (x_stride, stride) = (input + 8, width + padding);
     let x = on_device.padded(&batch.x, batch.rows(), input, x_stride);
-    let y = on_device.upload(&vec![nan; batch.rows() * stride]);
+    let y = on_device.upload(&vec![T::NAN; batch.rows() * stride]);
     let count = on_device.upload(&[run.count as u32]);
     let site = &on_device.group.sites()[0];
     let layer = FrozenLayer {
@@ -63,11 +61,9 @@ fn a_run_has_the_bits_of_a_group_without_adapters() {
                 for output in [Output::Store, Output::StoreFp32] {
                     let wanted = on_device.run(&group, &batch, output, ProductKernel::RankExt);
                     let got = if output == Output::StoreFp32 {
-                        outputs(&group, &batch, &run, f32::NAN, 1, |data, stride| {
-                            Matrix { data, stride }.into()
-                        })
+                        outputs::<f32>(&group, &batch, &run, 1, |data, stride| Matrix { data, stride }.into())
                     } else {
-                        outputs(&group, &batch, &run, half::bf16::NAN, 16, |data, stride| {
+                        outputs::<Half>(&group, &batch, &run, 16, |data, stride| {
                             Matrix { data, stride }.into()
                         })
                     };

@@ -1,13 +1,12 @@
 //! Products that compute V themselves: `linear` for up to 64 rows.
 
-use loramux::backend::cuda::DeviceBuffer;
 use loramux::backend::cuda::lora::{
     ChunkLists, Epilogue, GemmDecodeCounters, Matrix, ProductKernel, Scratch, ShrinkKernel, Step, WorkList,
 };
-
-use half::bf16;
+use loramux::backend::cuda::{DeviceBuffer, Half};
 
 use crate::cuda_device::{device, on_gpu, under_thread_orders};
+use crate::element::{NAN, in_both_types};
 use crate::harness::{Batch, Group, Launches, OnDevice, Output, Path, Random, counters};
 use crate::{bits, in_order, runs, same_ranks};
 
@@ -25,16 +24,15 @@ fn check(random: &mut Random, group: &Group, output: Output, gates: Vec<Vec<(u32
         let wanted = on_device.lists(group, &batch, ShrinkKernel::Rows16);
         on_device.in_step(group, &batch, None, |x, step| {
             let width = group.widths.iter().sum::<usize>();
-            let y = on_device.upload(&vec![bf16::NAN; batch.rows() * width]);
+            let y = on_device.upload(&vec![NAN; batch.rows() * width]);
             let y = Matrix { data: y.slice(..), stride: width };
             let OnDevice { stream, kernels, group, .. } = &on_device;
             kernels.linear(stream, group, x, y, Epilogue::Store, step).expect("a product");
-            let mut v = vec![bf16::ZERO; step.scratch.v().len()];
+            let mut v = vec![Half::ZERO; step.scratch.v().len()];
             stream.download(step.scratch.v(), &mut v).expect("V");
             let rows = v.chunks_exact(16).zip(wanted.v.chunks_exact(16));
             for (i, (got, wanted)) in rows.enumerate().filter(|(i, _)| i % 128 < batch.rows()) {
-                let bits = |v: &[bf16]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-                assert_eq!(bits(got), bits(wanted), "row {} of v block {}", i % 128, i / 128);
+                assert_eq!(got, wanted, "row {} of v block {}", i % 128, i / 128);
             }
         });
     });
@@ -70,13 +68,15 @@ fn one_launch_has_the_bits_of_two() {
 /// Fewer units of V than thread blocks, and more: then one is for all rows.
 #[test]
 fn units_of_v_for_16_rows_and_for_all() {
-    let random = &mut Random(52);
-    let group = Group::new(random, 64, &[64, 136], false, &same_ranks(&[8; 64], 2));
-    for experts in [1, 2, 5, 64] {
-        let each =
-            runs(&(0..experts).map(|expert| (Some(expert), 64 / experts as usize)).collect::<Vec<_>>());
-        check(random, &group, Output::Store, each);
-    }
+    in_both_types(|| {
+        let random = &mut Random(52);
+        let group = Group::new(random, 64, &[64, 136], false, &same_ranks(&[8; 64], 2));
+        for experts in [1, 2, 5, 64] {
+            let each =
+                runs(&(0..experts).map(|expert| (Some(expert), 64 / experts as usize)).collect::<Vec<_>>());
+            check(random, &group, Output::Store, each);
+        }
+    });
 }
 
 /// The same scratch memory serves groups one after the other, whatever their steps.
@@ -106,7 +106,7 @@ fn counters_are_as_before_after_every_launch() {
             let step = Step { work: &work, row_bound: rows, scratch: &scratch, overlap: true };
             let (input, width) = (group.in_features, group.widths[0]);
             let x = on_device.padded(&batch.x, rows, input, input);
-            let y: DeviceBuffer<bf16> =
+            let y: DeviceBuffer<Half> =
                 DeviceBuffer::new(stream.device(), rows * width, "y").expect("memory");
             let x = Matrix { data: x.slice(..), stride: input };
             let to = Matrix { data: y.slice(..), stride: width };
@@ -144,7 +144,7 @@ fn rank_blocks_wait_for_v() {
         let OnDevice { stream, kernels, group, .. } = &on_device;
         let taken = GemmDecodeCounters { taken: 1, ..Default::default() };
         stream.upload(&[taken], step.scratch.counters()).expect("a counter");
-        let y = on_device.upload(&[bf16::NAN; 3 * 64]);
+        let y = on_device.upload(&[NAN; 3 * 64]);
         let y = Matrix { data: y.slice(..), stride: 64 };
         let launched = kernels.linear(stream, group, x, y, Epilogue::Store, step);
         assert!(launched.and_then(|()| stream.synchronize()).is_err());

@@ -1,11 +1,10 @@
 //! A step as one graph.
 
-use half::bf16;
-
 use loramux::backend::cuda::lora::{ChunkLists, Epilogue, Matrix, ProductKernel, Scratch, Step, WorkList};
-use loramux::backend::cuda::{DeviceBuffer, Pinned};
+use loramux::backend::cuda::{DeviceBuffer, Half, Pinned};
 
 use crate::cuda_device::on_gpu;
+use crate::element::Value;
 use crate::harness::{Batch, Group, OnDevice, Output, Random};
 use crate::{bits, in_order, same_ranks};
 
@@ -31,8 +30,8 @@ fn one_graph_serves_every_mix_of_adapters() {
         let on_device = OnDevice::new(&group, in_order(EXPERTS), bound);
         let OnDevice { stream, kernels, group: sites, .. } = &on_device;
         let device = stream.device();
-        let x = DeviceBuffer::<bf16>::new(device, bound * input, "x").expect("memory");
-        let ys = [(); 2].map(|()| DeviceBuffer::<bf16>::new(device, bound * width, "y").expect("memory"));
+        let x = DeviceBuffer::<Half>::new(device, bound * input, "x").expect("memory");
+        let ys = [(); 2].map(|()| DeviceBuffer::<Half>::new(device, bound * width, "y").expect("memory"));
         let mut inputs = Pinned::new(device, bound * input, "inputs").expect("memory");
         let mut outputs = Pinned::new(device, 2 * bound * width, "outputs").expect("memory");
         let mut work = WorkList::new(device, bound, bound.div_ceil(128) * EXPERTS).expect("a work list");
@@ -70,7 +69,7 @@ fn one_graph_serves_every_mix_of_adapters() {
             }
             let wanted = on_device.run(&group, &batch, Output::Store, ProductKernel::RankExt);
             for outputs in outputs.chunks_exact(bound * width) {
-                let got: Vec<f32> = outputs[..count].iter().map(|value| value.to_f32()).collect();
+                let got: Vec<f32> = outputs[..count].iter().map(|&value| value.to_f32()).collect();
                 assert_eq!(bits(&got), bits(&wanted), "{rows} rows of at most {bound}");
             }
         }

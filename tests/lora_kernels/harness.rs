@@ -1,16 +1,16 @@
 //! One product of a site group: its inputs, what the kernels make of them, and what a plain loop in f64 does.
 
 use bytemuck::Pod;
-use half::bf16;
 
 use loramux::backend::Gates;
 use loramux::backend::cuda::lora::{
     ChunkArena, ChunkLists, Epilogue, GemmDecodeCounters, LoraKernels, LowRank, Matrix, Outputs,
     ProductKernel, RankChunk, Scratch, ShrinkKernel, Site, SiteGroup, Step, WorkList,
 };
-use loramux::backend::cuda::{DeviceBuffer, Stream};
+use loramux::backend::cuda::{DeviceBuffer, Half, Stream};
 
 use crate::cuda_device::device;
+use crate::element::{NAN, Value, element};
 pub use crate::random::Random;
 
 /// An adapter's pair at one site.
@@ -18,9 +18,9 @@ pub use crate::random::Random;
 pub struct Pair {
     pub rank: usize,
     /// `[rank, in_features]`
-    pub a: Vec<bf16>,
+    pub a: Vec<Half>,
     /// `[out_features, rank]`
-    pub b: Vec<bf16>,
+    pub b: Vec<Half>,
     /// `[out_features]` each.
     pub column_scale: Option<Vec<f32>>,
     pub bias: Option<Vec<f32>>,
@@ -73,7 +73,7 @@ impl From<ProductKernel> for Path {
 pub struct Group {
     pub in_features: usize,
     pub widths: Vec<usize>,
-    pub weights: Vec<Vec<bf16>>,
+    pub weights: Vec<Vec<Half>>,
     pub biases: Option<Vec<Vec<f32>>>,
     pub experts: Vec<Expert>,
 }
@@ -124,8 +124,8 @@ impl Group {
 /// The rows of one step: inputs, residuals and the `(expert, gate)` pairs of each.
 #[derive(Clone)]
 pub struct Batch {
-    pub x: Vec<bf16>,
-    pub residual: Vec<bf16>,
+    pub x: Vec<Half>,
+    pub residual: Vec<Half>,
     pub gates: Vec<Vec<(u32, f32)>>,
 }
 
@@ -144,7 +144,7 @@ impl Batch {
 
     /// Some of the rows, in that order.
     pub fn pick(&self, group: &Group, output: Output, rows: &[usize]) -> Self {
-        let part = |values: &[bf16], width: usize| {
+        let part = |values: &[Half], width: usize| {
             rows.iter().flat_map(|&row| values[row * width..(row + 1) * width].to_vec()).collect()
         };
         Self {
@@ -161,7 +161,7 @@ pub struct Lists {
     pub starts: Vec<u32>,
     pub chunks: Vec<RankChunk>,
     /// `[chunks][128][16]`
-    pub v: Vec<bf16>,
+    pub v: Vec<Half>,
 }
 
 /// What decode products count: zero between launches.
@@ -198,8 +198,8 @@ impl OnDevice {
             let chunks: usize = pairs().flatten().map(|pair| pair.rank.div_ceil(16)).sum();
             chunks_per_tile += chunks;
             let features = [group.in_features, width];
-            let mut arena =
-                ChunkArena::new(&stream, features, chunks, slot_count, max_rank).expect("an arena");
+            let mut arena = ChunkArena::new(&stream, element(), features, chunks, slot_count, max_rank)
+                .expect("an arena");
             for (&slot, (expert, pair)) in slots.iter().zip(group.experts.iter().zip(pairs())) {
                 let Some(Pair { rank, a, b, column_scale, bias }) = pair else { continue };
                 let pair = LowRank {
@@ -223,7 +223,7 @@ impl OnDevice {
             sites.push(Site { weight, bias, chunks: arena });
         }
         Self {
-            kernels: LoraKernels::new(&device).expect("kernels"),
+            kernels: LoraKernels::new(&device, element()).expect("kernels"),
             group: SiteGroup::new(&device, sites, max_rows, chunks_per_tile).expect("a group"),
             stream,
             slots,
@@ -267,7 +267,7 @@ impl OnDevice {
             product(Matrix { data: y.slice(..), stride }.into(), Epilogue::Store);
             return self.rows_of(&y, width, stride);
         }
-        let y = self.padded(&vec![bf16::NAN; rows * width], rows, width, stride);
+        let y = self.padded(&vec![NAN; rows * width], rows, width, stride);
         let (epilogue, y) = match output {
             Output::Store | Output::StoreFp32 => (Epilogue::Store, &y),
             Output::AddResidual => (Epilogue::AddResidual(residual.slice(..)), &y),
@@ -283,7 +283,7 @@ impl OnDevice {
         self.in_step(group, batch, Some(kernel), |_, step| {
             let (starts, chunks) = self.group.read_list(&self.stream).expect("the list");
             let v = step.scratch.v();
-            let mut values = vec![bf16::ZERO; v.len()];
+            let mut values = vec![Half::ZERO; v.len()];
             self.stream.download(v, &mut values).expect("V");
             Lists { starts, chunks, v: values }
         })
@@ -337,8 +337,8 @@ impl OnDevice {
     }
 
     /// Rows with something between them that must not be read.
-    pub fn padded(&self, values: &[bf16], rows: usize, width: usize, stride: usize) -> DeviceBuffer<bf16> {
-        let mut padded = vec![bf16::NAN; rows * stride];
+    pub fn padded(&self, values: &[Half], rows: usize, width: usize, stride: usize) -> DeviceBuffer<Half> {
+        let mut padded = vec![NAN; rows * stride];
         for (to, from) in padded.chunks_exact_mut(stride).zip(values.chunks_exact(width)) {
             to[..width].copy_from_slice(from);
         }
@@ -352,13 +352,13 @@ impl OnDevice {
     }
 
     /// The rows of a buffer. Panics where something has been written between them.
-    pub fn rows_of<T: Pod + Into<f32>>(&self, y: &DeviceBuffer<T>, width: usize, stride: usize) -> Vec<f32> {
+    pub fn rows_of<T: Value>(&self, y: &DeviceBuffer<T>, width: usize, stride: usize) -> Vec<f32> {
         let mut padded = vec![T::zeroed(); y.len()];
         self.stream.download(y, &mut padded).expect("the outputs");
         let rows = padded.chunks_exact(stride).map(|row| row.split_at(width));
         let rows = rows.flat_map(|(row, between)| {
-            assert!(between.iter().all(|&value| value.into().is_nan()), "written between rows");
-            row.iter().map(|&value| value.into())
+            assert!(between.iter().all(|&value| value.to_f32().is_nan()), "written between rows");
+            row.iter().map(|&value| value.to_f32())
         });
         rows.collect()
     }

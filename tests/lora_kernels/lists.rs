@@ -1,10 +1,9 @@
 //! What comes before a product: the chunk lists, and V.
 
-use half::bf16;
-
 use loramux::backend::cuda::lora::{ShrinkKernel, shrink_slices};
 
 use crate::cuda_device::under_thread_orders;
+use crate::element::{f, half_of_smallest, half_ulp, in_both_types};
 use crate::harness::{Batch, Group, Lists, OnDevice, Output, Random};
 use crate::{in_order, runs};
 
@@ -65,7 +64,6 @@ fn assert_lists(group: &Group, batch: &Batch, slices: usize, lists: &Lists) {
 /// Panics unless V is `gate · scale · (x · aᵀ)`, and zero where a row does not use the expert.
 fn assert_v(group: &Group, batch: &Batch, slices: usize, lists: &Lists) {
     let input = group.in_features;
-    let f = |value: bf16| f64::from(value.to_f32());
     let cells = wanted_cells(group, batch, slices);
     let tile_of = |cell: usize| cell / (slices * group.widths.len());
     let entries =
@@ -79,17 +77,18 @@ fn assert_v(group: &Group, batch: &Batch, slices: usize, lists: &Lists) {
                 let got = lists.v[(v_block * TILE + row % TILE) * 16 + rank];
                 let r = wanted.chunk * 16 + rank;
                 let Some((_, gate)) = gate.filter(|_| r < pair.rank) else {
-                    assert_eq!(got.to_bits() & 0x7fff, 0, "row {row} does not use rank {r} of {wanted:?}");
+                    assert_eq!(got.0 & 0x7fff, 0, "row {row} does not use rank {r} of {wanted:?}");
                     continue;
                 };
                 let factor = f64::from(*gate) * f64::from(expert.scale);
                 let terms =
                     (0..input).map(|k| factor * f(batch.x[row * input + k]) * f(pair.a[r * input + k]));
                 let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
-                let error = size * 2f64.powi(-20) + sum.abs() / 256.0;
+                let error = size * 2f64.powi(-20) + sum.abs() * half_ulp() + half_of_smallest();
                 assert!(
                     (f(got) - sum).abs() <= error,
-                    "row {row}, rank {r} of {wanted:?}: {got}, wanted {sum}"
+                    "row {row}, rank {r} of {wanted:?}: {}, wanted {sum}",
+                    f(got)
                 );
             }
         }
@@ -110,8 +109,7 @@ fn check(random: &mut Random, group: &Group, gates: Vec<Vec<(u32, f32)>>) {
             let tile = row / TILE * cells;
             for v_block in few.starts[tile] as usize..few.starts[tile + cells] as usize {
                 let at = (v_block * TILE + row % TILE) * 16;
-                let bits = |v: &[bf16]| v[at..at + 16].iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-                assert_eq!(bits(&few.v), bits(&many.v), "both kernels have the same bits");
+                assert_eq!(few.v[at..at + 16], many.v[at..at + 16], "both kernels have the same bits");
             }
         }
     });
@@ -129,14 +127,16 @@ fn a_chunk_list_for_every_tile_slice_and_site() {
 
 #[test]
 fn v_is_zero_where_a_row_does_not_use_an_expert() {
-    let random = &mut Random(22);
-    // One K slice, two, and the most there are.
-    for (input, slices) in [(200, 1), (2056, 2), (8200, 8)] {
-        assert_eq!(shrink_slices(input), slices);
-        let group = Group::new(random, input, &[16, 24], false, &[vec![16, 5], vec![33, 0], vec![0, 8]]);
-        let mut gates = runs(&[(Some(0), 70), (None, 20), (Some(1), 50), (Some(2), 9)]);
-        gates[3] = vec![(0, 0.5), (2, -0.25), (1, 2.0)];
-        gates.drain(5..if slices > 2 { 135 } else { 5 });
-        check(random, &group, gates);
-    }
+    in_both_types(|| {
+        let random = &mut Random(22);
+        // One K slice, two, and the most there are.
+        for (input, slices) in [(200, 1), (2056, 2), (8200, 8)] {
+            assert_eq!(shrink_slices(input), slices);
+            let group = Group::new(random, input, &[16, 24], false, &[vec![16, 5], vec![33, 0], vec![0, 8]]);
+            let mut gates = runs(&[(Some(0), 70), (None, 20), (Some(1), 50), (Some(2), 9)]);
+            gates[3] = vec![(0, 0.5), (2, -0.25), (1, 2.0)];
+            gates.drain(5..if slices > 2 { 135 } else { 5 });
+            check(random, &group, gates);
+        }
+    });
 }

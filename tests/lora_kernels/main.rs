@@ -5,6 +5,8 @@
 
 #[path = "../common/cuda_device.rs"]
 mod cuda_device;
+#[path = "../common/element.rs"]
+mod element;
 mod frozen;
 mod fused;
 mod graph;
@@ -15,6 +17,7 @@ mod random;
 mod reference;
 mod refusals;
 
+use crate::element::in_both_types;
 use cuda_device::under_thread_orders;
 use harness::{Batch, Group, Launches, OnDevice, Output, Pair, Path, Random};
 use loramux::backend::cuda::lora::ProductKernel;
@@ -89,11 +92,13 @@ fn an_adapter_without_one_of_the_sites() {
 
 #[test]
 fn rows_of_the_base_alone() {
-    let random = &mut Random(4);
-    let group = Group::new(random, 96, &[48], true, &same_ranks(&[16], 1));
-    check(random, &group, Output::Store, runs(&[(None, 37)]));
-    let without_adapters = Group::new(random, 96, &[48], true, &[]);
-    check(random, &without_adapters, Output::Store, runs(&[(None, 130)]));
+    in_both_types(|| {
+        let random = &mut Random(4);
+        let group = Group::new(random, 96, &[48], true, &same_ranks(&[16], 1));
+        check(random, &group, Output::Store, runs(&[(None, 37)]));
+        let without_adapters = Group::new(random, 96, &[48], true, &[]);
+        check(random, &without_adapters, Output::Store, runs(&[(None, 130)]));
+    });
 }
 
 #[test]
@@ -106,19 +111,21 @@ fn an_empty_batch_and_a_single_row() {
 
 #[test]
 fn several_weighted_experts_a_row() {
-    let random = &mut Random(6);
-    let group = Group::new(random, 128, &[64, 40], false, &same_ranks(&[16, 4, 33, 8], 2));
-    let gates = (0..70)
-        .map(|_| {
-            let mut experts = in_order(4);
-            for i in (1..4).rev() {
-                experts.swap(i, random.below(i + 1));
-            }
-            experts.truncate(random.below(5));
-            experts.into_iter().map(|expert| (expert, random.number())).collect()
-        })
-        .collect();
-    check(random, &group, Output::Store, gates);
+    in_both_types(|| {
+        let random = &mut Random(6);
+        let group = Group::new(random, 128, &[64, 40], false, &same_ranks(&[16, 4, 33, 8], 2));
+        let gates = (0..70)
+            .map(|_| {
+                let mut experts = in_order(4);
+                for i in (1..4).rev() {
+                    experts.swap(i, random.below(i + 1));
+                }
+                experts.truncate(random.below(5));
+                experts.into_iter().map(|expert| (expert, random.number())).collect()
+            })
+            .collect();
+        check(random, &group, Output::Store, gates);
+    });
 }
 
 #[test]
@@ -133,46 +140,52 @@ fn sixty_four_adapters() {
 
 #[test]
 fn residual_and_swiglu_epilogues() {
-    let random = &mut Random(8);
-    for bias in [false, true] {
-        let group = Group::new(random, 128, &[88], bias, &same_ranks(&[16, 20], 1));
-        let rows = [(Some(0), 9), (None, 2), (Some(1), 22)];
-        check(random, &group, Output::AddResidual, runs(&rows));
-        check(random, &group, Output::AddInPlace, runs(&rows));
-        let ranks = [vec![16, 16], vec![8, 0], vec![0, 40]];
-        let group = Group::new(random, 128, &[104, 104], bias, &ranks);
-        let rows = [(Some(0), 19), (Some(1), 8), (None, 3), (Some(2), 5)];
-        check(random, &group, Output::SwiGlu, runs(&rows));
-    }
+    in_both_types(|| {
+        let random = &mut Random(8);
+        for bias in [false, true] {
+            let group = Group::new(random, 128, &[88], bias, &same_ranks(&[16, 20], 1));
+            let rows = [(Some(0), 9), (None, 2), (Some(1), 22)];
+            check(random, &group, Output::AddResidual, runs(&rows));
+            check(random, &group, Output::AddInPlace, runs(&rows));
+            let ranks = [vec![16, 16], vec![8, 0], vec![0, 40]];
+            let group = Group::new(random, 128, &[104, 104], bias, &ranks);
+            let rows = [(Some(0), 19), (Some(1), 8), (None, 3), (Some(2), 5)];
+            check(random, &group, Output::SwiGlu, runs(&rows));
+        }
+    });
 }
 
 /// DoRA's column scale, and biases: alone with gate 1, in mixtures, beside adapters that have none; also at rank 0.
 #[test]
 fn experts_that_change_columns() {
-    let random = &mut Random(12);
-    for (input, widths, output) in [
-        (128, vec![72, 24], Output::Store),
-        (136, vec![40, 40], Output::SwiGlu),
-        (1024, vec![72], Output::AddResidual),
-    ] {
-        let ranks: Vec<_> = [16, 20, 3, 8].iter().map(|&rank| vec![rank; widths.len()]).collect();
-        let mut group = Group::new(random, input, &widths, true, &ranks);
-        for (expert, (scaled, biased)) in [(true, false), (true, true), (false, true)].into_iter().enumerate()
-        {
-            for (site, pair) in group.experts[expert].pairs.iter_mut().enumerate() {
-                let pair = pair.as_mut().expect("a target");
-                let values = (0..widths[site]).map(|_| random.number()).collect::<Vec<_>>();
-                pair.column_scale = scaled.then(|| values.iter().map(|value| 1.0 + value / 2.0).collect());
-                pair.bias = biased.then_some(values);
-                if expert == 2 {
-                    *pair = Pair { rank: 0, a: vec![], b: vec![], ..pair.clone() };
+    in_both_types(|| {
+        let random = &mut Random(12);
+        for (input, widths, output) in [
+            (128, vec![72, 24], Output::Store),
+            (136, vec![40, 40], Output::SwiGlu),
+            (1024, vec![72], Output::AddResidual),
+        ] {
+            let ranks: Vec<_> = [16, 20, 3, 8].iter().map(|&rank| vec![rank; widths.len()]).collect();
+            let mut group = Group::new(random, input, &widths, true, &ranks);
+            for (expert, (scaled, biased)) in
+                [(true, false), (true, true), (false, true)].into_iter().enumerate()
+            {
+                for (site, pair) in group.experts[expert].pairs.iter_mut().enumerate() {
+                    let pair = pair.as_mut().expect("a target");
+                    let values = (0..widths[site]).map(|_| random.number()).collect::<Vec<_>>();
+                    pair.column_scale =
+                        scaled.then(|| values.iter().map(|value| 1.0 + value / 2.0).collect());
+                    pair.bias = biased.then_some(values);
+                    if expert == 2 {
+                        *pair = Pair { rank: 0, a: vec![], b: vec![], ..pair.clone() };
+                    }
                 }
             }
+            let mut gates = runs(&[(Some(0), 5), (Some(1), 6), (Some(3), 4), (None, 2), (Some(2), 30)]);
+            gates.extend((0..9).map(|i| (0..=i % 4).map(|expert| (expert, random.number())).collect()));
+            check(random, &group, output, gates);
         }
-        let mut gates = runs(&[(Some(0), 5), (Some(1), 6), (Some(3), 4), (None, 2), (Some(2), 30)]);
-        gates.extend((0..9).map(|i| (0..=i % 4).map(|expert| (expert, random.number())).collect()));
-        check(random, &group, output, gates);
-    }
+    });
 }
 
 #[test]
@@ -212,13 +225,15 @@ fn any_output_widths() {
 /// Logits are compared where differences are small beside them.
 #[test]
 fn outputs_that_are_not_rounded() {
-    let random = &mut Random(15);
-    for (input, widths) in [(128, vec![72]), (1024, vec![72]), (64, vec![16, 200])] {
-        let group = Group::new(random, input, &widths, true, &same_ranks(&[16, 3], widths.len()));
-        check(random, &group, Output::StoreFp32, runs(&[(Some(0), 20), (None, 5), (Some(1), 31)]));
-    }
-    let group = Group::new(random, 64, &[136], false, &same_ranks(&[16], 1));
-    check(random, &group, Output::StoreFp32, runs(&[(Some(0), 100), (None, 80)]));
+    in_both_types(|| {
+        let random = &mut Random(15);
+        for (input, widths) in [(128, vec![72]), (1024, vec![72]), (64, vec![16, 200])] {
+            let group = Group::new(random, input, &widths, true, &same_ranks(&[16, 3], widths.len()));
+            check(random, &group, Output::StoreFp32, runs(&[(Some(0), 20), (None, 5), (Some(1), 31)]));
+        }
+        let group = Group::new(random, 64, &[136], false, &same_ranks(&[16], 1));
+        check(random, &group, Output::StoreFp32, runs(&[(Some(0), 100), (None, 80)]));
+    });
 }
 
 #[test]
@@ -254,45 +269,47 @@ fn more_tiles_than_thread_blocks() {
 /// same bits, wherever their adapters are loaded.
 #[test]
 fn a_row_has_the_same_bits_in_every_batch() {
-    let random = &mut Random(11);
-    for (input, widths, output) in [
-        (192, vec![72, 24], Output::Store),
-        (136, vec![40, 40], Output::SwiGlu),
-        (1088, vec![48], Output::AddResidual),
-    ] {
-        let ranks: Vec<_> = (0..6).map(|_| widths.iter().map(|_| random.below(50)).collect()).collect();
-        let group = Group::new(random, input, &widths, true, &ranks);
-        let gates: Vec<_> = (0..150)
-            .map(|_| {
-                let count = random.below(4);
-                let first = random.below(6) as u32;
-                (0..count as u32).map(|i| ((first + i) % 6, random.number())).collect()
-            })
-            .collect();
-        let batch = Batch::new(random, &group, output, gates);
-        let all = OnDevice::new(&group, in_order(6), batch.rows()).run(
-            &group,
-            &batch,
-            output,
-            ProductKernel::RankExt,
-        );
-        let width = group.width(output);
-        for round in 0..6 {
-            let count = [1, 2, 16, 33, 64, 140][round];
-            let rows: Vec<_> = (0..count).map(|_| random.below(batch.rows())).collect();
-            let part = batch.pick(&group, output, &rows);
-            let slots = vec![vec![5, 3, 4, 0, 2, 1], vec![9, 11, 2, 0, 7, 5]][round % 2].clone();
-            let on_device = OnDevice::new(&group, slots, count);
-            for path in paths_for(random, count) {
-                let got = on_device.run(&group, &part, output, path);
-                for (i, &row) in rows.iter().enumerate() {
-                    assert_eq!(
-                        bits(&got[i * width..(i + 1) * width]),
-                        bits(&all[row * width..(row + 1) * width]),
-                        "row {row} as row {i} of {count}, {path:?}"
-                    );
+    in_both_types(|| {
+        let random = &mut Random(11);
+        for (input, widths, output) in [
+            (192, vec![72, 24], Output::Store),
+            (136, vec![40, 40], Output::SwiGlu),
+            (1088, vec![48], Output::AddResidual),
+        ] {
+            let ranks: Vec<_> = (0..6).map(|_| widths.iter().map(|_| random.below(50)).collect()).collect();
+            let group = Group::new(random, input, &widths, true, &ranks);
+            let gates: Vec<_> = (0..150)
+                .map(|_| {
+                    let count = random.below(4);
+                    let first = random.below(6) as u32;
+                    (0..count as u32).map(|i| ((first + i) % 6, random.number())).collect()
+                })
+                .collect();
+            let batch = Batch::new(random, &group, output, gates);
+            let all = OnDevice::new(&group, in_order(6), batch.rows()).run(
+                &group,
+                &batch,
+                output,
+                ProductKernel::RankExt,
+            );
+            let width = group.width(output);
+            for round in 0..6 {
+                let count = [1, 2, 16, 33, 64, 140][round];
+                let rows: Vec<_> = (0..count).map(|_| random.below(batch.rows())).collect();
+                let part = batch.pick(&group, output, &rows);
+                let slots = vec![vec![5, 3, 4, 0, 2, 1], vec![9, 11, 2, 0, 7, 5]][round % 2].clone();
+                let on_device = OnDevice::new(&group, slots, count);
+                for path in paths_for(random, count) {
+                    let got = on_device.run(&group, &part, output, path);
+                    for (i, &row) in rows.iter().enumerate() {
+                        assert_eq!(
+                            bits(&got[i * width..(i + 1) * width]),
+                            bits(&all[row * width..(row + 1) * width]),
+                            "row {row} as row {i} of {count}, {path:?}"
+                        );
+                    }
                 }
             }
         }
-    }
+    });
 }

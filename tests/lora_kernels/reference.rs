@@ -1,7 +1,8 @@
 //! Products as plain loops in f64, and how far from them a correct kernel can be.
 
-use half::bf16;
+use loramux::backend::cuda::Half;
 
+use crate::element::{f, half_of_smallest, half_ulp};
 use crate::harness::{Batch, Group, Output, Pair};
 
 /// An output and how far a correct kernel can be from it.
@@ -13,16 +14,15 @@ struct Bound {
 /// The sum of one output in f64, before its epilogue.
 fn sum(group: &Group, batch: &Batch, row: usize, site: usize, column: usize) -> Bound {
     let input = group.in_features;
-    let f = |value: &bf16| f64::from(value.to_f32());
-    let dot = |a: &[bf16], b: &[bf16]| {
+    let dot = |a: &[Half], b: &[Half]| {
         a.iter()
             .zip(b)
-            .fold((0.0, 0.0), |(sum, size), (a, b)| (sum + f(a) * f(b), size + (f(a) * f(b)).abs()))
+            .fold((0.0, 0.0), |(sum, size), (&a, &b)| (sum + f(a) * f(b), size + (f(a) * f(b)).abs()))
     };
     let x = &batch.x[row * input..(row + 1) * input];
     let (product, product_size) = dot(x, &group.weights[site][column * input..(column + 1) * input]);
     let (mut scale, mut value, mut size) = (1.0, 0.0, 0.0);
-    // V is rounded to bf16: half a unit in the last of 8 places, for each rank.
+    // V is rounded, for each rank.
     let mut rounding = 0.0;
     for &(expert, gate) in &batch.gates[row] {
         let expert = &group.experts[expert as usize];
@@ -37,10 +37,11 @@ fn sum(group: &Group, batch: &Batch, row: usize, site: usize, column: usize) -> 
         }
         for r in 0..*rank {
             let (product, product_size) = dot(x, &a[r * input..(r + 1) * input]);
-            let factor = gate * f64::from(expert.scale) * f(&b[column * rank + r]);
+            let b = f(b[column * rank + r]);
+            let factor = gate * f64::from(expert.scale) * b;
             value += factor * product;
             size += factor.abs() * product_size;
-            rounding += (factor * product).abs() / 256.0;
+            rounding += (factor * product).abs() * half_ulp() + b.abs() * half_of_smallest();
         }
     }
     value += scale * product;
@@ -51,7 +52,7 @@ fn sum(group: &Group, batch: &Batch, row: usize, site: usize, column: usize) -> 
     Bound { value, error: rounding + size * 2f64.powi(-20) }
 }
 
-/// Panics unless every output lies within the error that outputs in bf16, V in bf16 and sums in fp32 explain.
+/// Panics unless every output lies within the error that outputs and V in 16 bits and sums in fp32 explain.
 pub fn assert_close(group: &Group, batch: &Batch, output: Output, y: &[f32]) {
     let width = group.width(output);
     assert_eq!(y.len(), batch.rows() * width);
@@ -66,7 +67,7 @@ pub fn assert_close(group: &Group, batch: &Batch, output: Output, y: &[f32]) {
                 match output {
                     Output::Store | Output::StoreFp32 => {}
                     Output::AddResidual | Output::AddInPlace => {
-                        wanted.value += f64::from(batch.residual[row * width + at].to_f32());
+                        wanted.value += f(batch.residual[row * width + at]);
                     }
                     Output::SwiGlu => {
                         let up = sum(group, batch, row, 1, column);
@@ -81,7 +82,7 @@ pub fn assert_close(group: &Group, batch: &Batch, output: Output, y: &[f32]) {
                 let rounding = if output == Output::StoreFp32 {
                     0.0
                 } else {
-                    (wanted.value.abs() + wanted.error) / 256.0
+                    (wanted.value.abs() + wanted.error) * half_ulp() + half_of_smallest()
                 };
                 let error = wanted.error + rounding;
                 let got = f64::from(y[row * width + at]);

@@ -1,16 +1,15 @@
 //! What does not fit is refused by name before it becomes an address.
 
-use half::bf16;
-
 use loramux::backend::Gates;
 use loramux::backend::cuda::elementwise::RowCount;
 use loramux::backend::cuda::lora::{
     ChunkArena, ChunkLists, Epilogue, FrozenLayer, LoraKernels, LowRank, Matrix, ProductKernel, Scratch,
     ShrinkKernel, Site, SiteGroup, Step, WorkList,
 };
-use loramux::backend::cuda::{DeviceBuffer, Stream};
+use loramux::backend::cuda::{DeviceBuffer, Half, Stream};
 
 use crate::cuda_device::device;
+use crate::element::{element, round};
 
 fn stream() -> Stream {
     device().stream().expect("a stream")
@@ -21,15 +20,15 @@ fn buffer<T: bytemuck::Pod>(stream: &Stream, len: usize) -> DeviceBuffer<T> {
 }
 
 fn site(stream: &Stream, input: usize, output: usize) -> Site {
-    let chunks = ChunkArena::new(stream, [input, output], 4, 2, 32).expect("an arena");
+    let chunks = ChunkArena::new(stream, element(), [input, output], 4, 2, 32).expect("an arena");
     Site { weight: buffer(stream, input * output), bias: None, chunks }
 }
 
 #[test]
 fn pairs_that_do_not_fit_an_arena() {
     let stream = stream();
-    let mut arena = ChunkArena::new(&stream, [16, 8], 3, 2, 32).expect("an arena");
-    let values = vec![bf16::ONE; 48 * 16];
+    let mut arena = ChunkArena::new(&stream, element(), [16, 8], 3, 2, 32).expect("an arena");
+    let values = vec![round(1.0); 48 * 16];
     let pair = |rank: usize| LowRank {
         rank,
         a: &values[..rank * 16],
@@ -39,8 +38,8 @@ fn pairs_that_do_not_fit_an_arena() {
         bias: None,
         order: 0,
     };
-    let mut bad = vec![bf16::ONE; 16];
-    bad[3] = bf16::INFINITY;
+    let mut bad = vec![round(1.0); 16];
+    bad[3] = round(f32::INFINITY);
     for (slot, pair, wanted) in [
         (2, pair(8), "slot 2 of an arena with 2"),
         (0, pair(33), "rank 33, at most 32 fit a slot"),
@@ -92,7 +91,7 @@ fn sites_that_do_not_make_a_group() {
 fn steps_that_do_not_fit() {
     let stream = stream();
     let device = stream.device();
-    let kernels = LoraKernels::new(device).expect("kernels");
+    let kernels = LoraKernels::new(device, element()).expect("kernels");
     let group =
         SiteGroup::new(device, vec![site(&stream, 16, 8), site(&stream, 16, 16)], 600, 8).expect("a group");
     let scratch = Scratch::new(&stream, &[&group]).expect("scratch");
@@ -165,10 +164,10 @@ fn steps_that_do_not_fit() {
 fn frozen_layers_that_do_not_fit() {
     let stream = stream();
     let device = stream.device();
-    let kernels = LoraKernels::new(device).expect("kernels");
+    let kernels = LoraKernels::new(device, element()).expect("kernels");
     let group = SiteGroup::new(device, vec![site(&stream, 16, 8)], 64, 8).expect("a group");
     let scratch = Scratch::new(&stream, &[&group]).expect("scratch");
-    let (weight, x) = (buffer::<bf16>(&stream, 2048 * 16), buffer::<bf16>(&stream, 64 * 2048));
+    let (weight, x) = (buffer::<Half>(&stream, 2048 * 16), buffer::<Half>(&stream, 64 * 2048));
     let counts = buffer::<u32>(&stream, 2);
     let product = |in_features, out_features, first, counts| {
         let weight = weight.slice(first..first + in_features * out_features);
@@ -195,9 +194,9 @@ fn frozen_layers_that_do_not_fit() {
 fn a_list_that_does_not_fit_is_cut_off_and_said_to_be() {
     let stream = stream();
     let device = stream.device();
-    let kernels = LoraKernels::new(device).expect("kernels");
+    let kernels = LoraKernels::new(device, element()).expect("kernels");
     let mut of_site = site(&stream, 16, 8);
-    let values = vec![bf16::ONE; 32 * 16];
+    let values = vec![round(1.0); 32 * 16];
     let pair = |rank: usize| LowRank {
         rank,
         a: &values[..rank * 16],

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use loramux::adapter::{Adapter, SiteAdapter};
-use loramux::backend::cuda::{Cuda, Device, MemoryOptions, TracedLaunch};
+use loramux::backend::cuda::{Cuda, Device, Element, MemoryOptions, TracedLaunch};
 use loramux::backend::{Backend, BackendError, PAGE};
 use loramux::model::{ModelError, ModelSites, Weights, WorkspaceSize};
 use loramux::tensor::{Bytes, DType, Tensor};
@@ -161,7 +161,7 @@ impl Runner {
             max_rank: LOADED.iter().filter(|_| lora).map(|(rank, _)| *rank).max().unwrap_or(0),
             chunks: if lora { MOST_ADAPTERS } else { 0 },
         };
-        let mut backend = Cuda::on(device, memory).map_err(BackendError::from)?;
+        let mut backend = Cuda::on(device, memory, Element::Bf16).map_err(BackendError::from)?;
         let most = |of: fn(&Case) -> usize| cases.iter().map(of).max().unwrap_or(0);
         let sequences = most(|case| case.step.sequences());
         let size = WorkspaceSize { rows: most(|case| case.step.rows()), sequences, logit_rows: sequences };

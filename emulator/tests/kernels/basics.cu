@@ -1,6 +1,6 @@
 // Kernels that do nothing wrong: the emulator's own tests compare them with plain loops.
-#include <bf16.cuh>
 #include <device.cuh>
+#include <element.cuh>
 #include <ptx.cuh>
 
 struct AxpyParams {
@@ -16,15 +16,15 @@ KERNEL(test_axpy, AxpyParams, 256, 1) {
 }
 
 struct MmaParams {
-  const bf16* a;
-  const bf16* b;
+  const element* a;
+  const element* b;
   float* sums;
   uint32_t repeats;
 };
 
 struct MmaStorage {
-  bf16 a[16][16 + 8];
-  bf16 b[8][16 + 8];
+  element a[16][16 + 8];
+  element b[8][16 + 8];
 };
 
 // sums[16][8] = repeats · A[16][16] · B[8][16]ᵀ, one warp, fragments by ldmatrix.
@@ -48,6 +48,25 @@ KERNEL(test_mma, MmaParams, 32, 1) {
   p.sums[row * 8 + column + 1] = sum[1];
   p.sums[(row + 8) * 8 + column] = sum[2];
   p.sums[(row + 8) * 8 + column + 1] = sum[3];
+}
+
+struct RoundParams {
+  const float* values;
+  uint32_t* pairs;
+  float* rounded;
+  uint32_t count;
+};
+
+// Every value as an element, in both halves of a pair, and what that is as a float: of the low half, then of the high.
+KERNEL(test_round, RoundParams, 256, 1) {
+  const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= p.count) return;
+  // By its address, so that it is not inlined: of two functions of one name, the linker would keep one.
+  uint32_t (*const volatile pack)(float, float) = ptx::pack;
+  const uint32_t pair = pack(p.values[i], p.values[i]);
+  p.pairs[i] = pair;
+  p.rounded[i * 2] = low_float(pair);
+  p.rounded[i * 2 + 1] = high_float(pair);
 }
 
 struct StackParams {

@@ -1,7 +1,6 @@
 // Kernels with mistakes to find. A parameter says which mistake is made; with none, the kernel is right.
 #include <assert.h>
 
-#include <bf16.cuh>
 #include <device.cuh>
 #include <ptx.cuh>
 

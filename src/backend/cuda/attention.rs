@@ -26,13 +26,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
-use half::bf16;
 
 use super::params::{
     self, ATTENTION_NO_WINDOW, ATTENTION_PARTIAL_HEADER, ATTENTION_SPLIT, ATTENTION_THREADS,
     ATTENTION_TILE_16, AttentionParams, AttentionTile,
 };
-use super::{CudaError, Device, DeviceBuffer, DeviceSlice, Event, Kernel, Launch, Pinned, Stream};
+use super::{
+    CudaError, Device, DeviceBuffer, DeviceSlice, Element, Event, Half, Kernel, Launch, Pinned, Stream,
+};
 use crate::backend::{AttentionShape, PAGE, Rows, SequenceRows};
 
 const _: () = assert!(PAGE == params::PAGE);
@@ -369,13 +370,13 @@ impl AttentionWork {
 #[derive(Clone, Copy)]
 pub struct AttentionInputs<'a> {
     /// `[rows, q_stride]`, the first `heads · head_dim` elements of a row used: the layer's `q | k | v`, rotated.
-    pub q: DeviceSlice<'a, bf16>,
+    pub q: DeviceSlice<'a, Half>,
     pub q_stride: usize,
     /// `[cache pages, kv_heads, 16, head_dim]`; keys and values of the step's rows are there already.
-    pub keys: DeviceSlice<'a, bf16>,
-    pub values: DeviceSlice<'a, bf16>,
+    pub keys: DeviceSlice<'a, Half>,
+    pub values: DeviceSlice<'a, Half>,
     /// `[rows, y_stride]`, `heads · head_dim` written.
-    pub y: DeviceSlice<'a, bf16>,
+    pub y: DeviceSlice<'a, Half>,
     pub y_stride: usize,
     /// The row at position i sees the keys j > i − window.
     pub window: Option<usize>,
@@ -403,10 +404,12 @@ pub struct AttentionKernels {
 }
 
 impl AttentionKernels {
+    /// The kernels for queries and a cache of this type.
+    ///
     /// # Errors
     /// [`CudaError::UnknownKernel`] when the device was opened without this build's kernels.
-    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
-        let kernel = |name: String, bytes| device.kernel(&name)?.with_shared_memory(bytes as u32);
+    pub fn new(device: &Arc<Device>, element: Element) -> Result<Self, CudaError> {
+        let kernel = |name: String, bytes| element.kernel(device, &name)?.with_shared_memory(bytes as u32);
         let whole = |of: &Width| kernel(format!("attention_{}", of.dim), of.shared_bytes);
         let split = |of: &Width| kernel(format!("attention_split_{}", of.dim), of.split_shared_bytes);
         Ok(Self {

@@ -6,6 +6,7 @@ use cudarc::driver::sys::CUresult;
 use thiserror::Error;
 
 use super::images;
+use crate::tensor::DType;
 
 /// Exit code of a process whose GPU is lost.
 pub const LOST_EXIT_CODE: u8 = 70;
@@ -101,6 +102,11 @@ pub enum CudaError {
     /// Widths, strides or counts that do not fit each other.
     #[error("{0}")]
     Shape(String),
+    /// A value that the type of the device's weights and adapters does not hold.
+    #[error(
+        "{what} has the value {value}, which is too large for {dtype}: run it in BF16 (`--dtype bfloat16`)"
+    )]
+    Overflow { what: String, value: String, dtype: DType },
     /// An adapter needs more rank chunks than a site has left.
     #[error("no room for an adapter: {wanted} rank chunks wanted, {available} are free")]
     OutOfChunks { wanted: usize, available: usize },

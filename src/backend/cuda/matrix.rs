@@ -1,13 +1,12 @@
 //! Activations on the device.
 
 use bytemuck::Pod;
-use half::bf16;
 
-use super::DeviceSlice;
+use super::{DeviceSlice, Half};
 
 /// Rows of activations `[rows, stride]`, of which the first elements are used.
 #[derive(Clone, Copy)]
-pub struct Matrix<'a, T = bf16> {
+pub struct Matrix<'a, T = Half> {
     pub data: DeviceSlice<'a, T>,
     /// Elements from row to row; for the inputs of products a multiple of 8.
     pub stride: usize,

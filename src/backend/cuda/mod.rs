@@ -49,6 +49,7 @@
 pub mod attention;
 mod backend;
 mod device;
+mod element;
 pub mod elementwise;
 mod error;
 mod event;
@@ -67,6 +68,7 @@ mod trace;
 
 pub use backend::{Buffer, Cuda, GroupId, KvCache, Loader, MemoryOptions, Recorded, StagedAdapter, Weight};
 pub use device::{Device, Properties};
+pub use element::{Element, Half};
 pub use error::{CudaError, LOST_EXIT_CODE, ResultCode};
 pub use event::Event;
 pub use graph::Graph;
@@ -75,5 +77,5 @@ pub use launch::{Kernel, Launch};
 pub use matrix::Matrix;
 pub use memory::{Arena, DeviceBuffer, DeviceSlice, Pinned};
 pub use stream::Stream;
-pub use tensor_map::{Element, Swizzle, TensorMap, TiledTensor};
+pub use tensor_map::{MapElement, Swizzle, TensorMap, TiledTensor};
 pub use trace::TracedLaunch;

@@ -319,14 +319,14 @@ pub enum Epilogue {
 /// The sum of one output is defined by the group alone: K is cut into `slices` runs of K blocks; a slice is summed in
 /// fp32 over ascending k, from zero, then changed column by column where experts do that (their biases in slice 0), then
 /// summed over its rank chunks in list order; slices are added in ascending order; bias and residual come last; the
-/// result is rounded to bf16 once, or not at all. All kernels keep to it, so a row's bits depend neither on the kernel nor on the other
+/// result is rounded to the element type once, or not at all. All kernels keep to it, so a row's bits depend neither on the kernel nor on the other
 /// rows.
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct GemmParams {
     /// [rows][x_stride], in_features used.
     pub x: u64,
-    /// [rows][y_stride] of bf16, or of floats for STORE_FP32.
+    /// [rows][y_stride] of elements, or of floats for STORE_FP32.
     pub y: u64,
     /// [rows][y_stride], for ADD_RESIDUAL; may be y itself.
     pub residual: u64,

@@ -16,7 +16,7 @@ const GRANULE: u64 = 16;
 
 /// An element's type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Element {
+pub enum MapElement {
     /// Bytes: quantised weights.
     U8,
     /// bfloat16.
@@ -25,7 +25,7 @@ pub enum Element {
     F32,
 }
 
-impl Element {
+impl MapElement {
     /// Bytes of one.
     pub fn size(self) -> u64 {
         match self {
@@ -68,7 +68,7 @@ impl Swizzle {
 #[derive(Clone, Copy, Debug)]
 pub struct TiledTensor<'a> {
     /// Type of an element.
-    pub element: Element,
+    pub element: MapElement,
     /// Of element 0; a multiple of 16.
     pub address: u64,
     /// Elements along each dimension: `[columns, rows]` for a matrix.
@@ -95,9 +95,9 @@ impl TiledTensor<'_> {
         self.validate().map_err(CudaError::TensorMap)?;
         use sys::{CUtensorMapDataType as Type, CUtensorMapSwizzle as Pattern};
         let element = match self.element {
-            Element::U8 => Type::CU_TENSOR_MAP_DATA_TYPE_UINT8,
-            Element::Bf16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            Element::F32 => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+            MapElement::U8 => Type::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            MapElement::Bf16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            MapElement::F32 => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
         };
         let swizzle = match self.swizzle {
             Swizzle::None => Pattern::CU_TENSOR_MAP_SWIZZLE_NONE,

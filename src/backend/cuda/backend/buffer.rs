@@ -2,12 +2,10 @@
 
 use std::sync::Arc;
 
-use half::bf16;
-
 use super::super::lora::Outputs;
-use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Matrix, Stream};
+use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Element, Half, Matrix, Stream};
 use crate::backend::{AttentionShape, PAGE};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Rows of products are read in pieces of so many values; what is narrower is padded with zeros.
 const PIECE: usize = 8;
@@ -17,20 +15,21 @@ pub(super) fn padded(width: usize) -> usize {
     width.next_multiple_of(PIECE)
 }
 
-/// A frozen matrix in bf16, `[rows, stride]`: rows are padded with zeros. Clones share it.
+/// A frozen matrix, `[rows, stride]`: rows are padded with zeros. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Weight {
-    pub(super) data: DeviceBuffer<bf16>,
+    pub(super) data: DeviceBuffer<Half>,
     pub(super) rows: usize,
     pub(super) stride: usize,
 }
 
 impl Weight {
-    /// Copies a matrix to the device, rounded to bf16 where it is stored otherwise.
-    pub(super) fn new(stream: &Stream, tensor: &Tensor) -> Result<Self, CudaError> {
+    /// Copies a matrix to the device, rounded where it is not stored as `element`.
+    pub(super) fn new(stream: &Stream, element: Element, tensor: &Tensor) -> Result<Self, CudaError> {
         let &[rows, width] = tensor.shape() else {
             return Err(CudaError::Shape(format!("a weight of shape {:?}, wanted a matrix", tensor.shape())));
         };
+        let what = format!("a weight of shape [{rows}, {width}]");
         let stride = padded(width);
         let data = DeviceBuffer::new(stream.device(), rows * stride, "weights")?;
         let (row_bytes, parts) = (width * tensor.dtype().size(), UPLOAD.div_ceil(stride.max(1)));
@@ -38,15 +37,15 @@ impl Weight {
             let last = rows.min(first + parts);
             let bytes = tensor.bytes().slice(first * row_bytes..last * row_bytes);
             let to = data.slice(first * stride..last * stride);
-            if tensor.dtype() == DType::BF16
+            if tensor.dtype() == element.dtype()
                 && width == stride
-                && let Ok(values) = bytemuck::try_cast_slice::<u8, bf16>(&bytes)
+                && let Ok(values) = bytemuck::try_cast_slice::<u8, Half>(&bytes)
             {
                 stream.upload(values, to)?;
                 continue;
             }
             let part = Tensor::new(tensor.dtype(), vec![last - first, width], bytes);
-            stream.upload(&rounded(&part, stride), to)?;
+            stream.upload(&padded_values(element, &part, stride, &what)?, to)?;
         }
         Ok(Self { data, rows, stride })
     }
@@ -55,24 +54,23 @@ impl Weight {
 /// Values that are converted and copied at a time.
 const UPLOAD: usize = 16 << 20;
 
-/// The values of a matrix as bf16, rows padded to `stride` with zeros.
-pub(super) fn rounded(matrix: &Tensor, stride: usize) -> Vec<bf16> {
+/// The values of a matrix, rows padded to `stride` with zeros.
+pub(super) fn padded_values(
+    element: Element,
+    matrix: &Tensor,
+    stride: usize,
+    what: &str,
+) -> Result<Vec<Half>, CudaError> {
     let width = *matrix.shape().last().expect("a matrix has a width");
-    let values: Vec<bf16> = match matrix.dtype() {
-        DType::BF16 => {
-            let (pairs, _) = matrix.bytes().as_chunks();
-            pairs.iter().map(|&pair| bf16::from_le_bytes(pair)).collect()
-        }
-        DType::F32 | DType::F16 => matrix.to_f32().into_iter().map(bf16::from_f32).collect(),
-    };
+    let values = element.values_of(matrix, what)?;
     if width == stride {
-        return values;
+        return Ok(values);
     }
-    let mut rows = vec![bf16::ZERO; matrix.shape()[0] * stride];
+    let mut rows = vec![Half::ZERO; matrix.shape()[0] * stride];
     for (to, from) in rows.chunks_exact_mut(stride).zip(values.chunks_exact(width.max(1))) {
         to[..width].copy_from_slice(from);
     }
-    rows
+    Ok(rows)
 }
 
 /// Activations `[capacity, stride]`, of which the first `width` are used and the rest is zero.
@@ -86,7 +84,7 @@ pub struct Buffer {
 /// A buffer's elements.
 #[derive(Debug)]
 pub(super) enum Data {
-    Half(DeviceBuffer<bf16>),
+    Half(DeviceBuffer<Half>),
     /// Logits: without padding.
     Single(DeviceBuffer<f32>),
 }
@@ -94,7 +92,7 @@ pub(super) enum Data {
 impl Buffer {
     pub(super) fn half(stream: &Stream, rows: usize, width: usize) -> Result<Self, CudaError> {
         let stride = padded(width);
-        let data = DeviceBuffer::<bf16>::new(stream.device(), rows * stride, "activations")?;
+        let data = DeviceBuffer::<Half>::new(stream.device(), rows * stride, "activations")?;
         // SAFETY: the buffer is alive until the stream has been waited for.
         unsafe { stream.fill_async(&data, 0) }?;
         stream.synchronize()?;
@@ -134,7 +132,7 @@ impl Buffer {
 /// Keys and values of all blocks, `[pages, kv_heads, 16, head_dim]` each.
 #[derive(Debug)]
 pub struct KvCache {
-    blocks: Vec<[DeviceBuffer<bf16>; 2]>,
+    blocks: Vec<[DeviceBuffer<Half>; 2]>,
 }
 
 impl KvCache {
@@ -151,7 +149,7 @@ impl KvCache {
     }
 
     /// Keys and values of a block.
-    pub(super) fn block(&self, block: usize) -> [DeviceSlice<'_, bf16>; 2] {
+    pub(super) fn block(&self, block: usize) -> [DeviceSlice<'_, Half>; 2] {
         self.blocks[block].each_ref().map(|half| half.slice(..))
     }
 }

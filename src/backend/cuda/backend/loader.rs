@@ -4,14 +4,14 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use bytemuck::cast_slice;
-use half::bf16;
 
 use super::super::experts::StagedExpert;
 use super::super::lora::{ArenaShape, LowRank};
-use super::super::{CudaError, Device};
+use super::super::{CudaError, Device, Half};
 use super::Weight;
-use super::buffer::rounded;
+use super::buffer::padded_values;
 use crate::backend::{ExpertWeights, SiteChange, SitePlace};
+use crate::tensor::Tensor;
 
 /// Lays out adapters for a model's groups.
 pub struct Loader {
@@ -54,7 +54,10 @@ impl Loader {
                     return Err(CudaError::Shape(what.to_owned()));
                 }
                 SiteChange::Replace(weight) => {
-                    replaced.push((group.id, Weight::new(&self.device.stream()?, weight)?));
+                    replaced.push((
+                        group.id,
+                        Weight::new(&self.device.stream()?, group.sites[site].element, weight)?,
+                    ));
                 }
             }
         }
@@ -72,10 +75,17 @@ fn add(
     before: u64,
 ) -> Result<u64, CudaError> {
     let rank = weights.a.shape()[0];
-    let a = if rank == 0 { Vec::new() } else { rounded(&weights.a, shape.in_features) };
-    let mut b = if rank == 0 { Vec::new() } else { rounded(&weights.b, rank) };
+    let values = |name: &str, tensor: &Tensor, stride: usize| {
+        if rank == 0 {
+            return Ok(Vec::new());
+        }
+        let what = format!("{name} of an adapter, of shape {:?},", tensor.shape());
+        padded_values(shape.element, tensor, stride, &what)
+    };
+    let a = values("A", &weights.a, shape.in_features)?;
+    let mut b = values("B", &weights.b, rank)?;
     // A lookup's rows are as wide as those of activations.
-    b.resize(shape.out_features * rank, bf16::ZERO);
+    b.resize(shape.out_features * rank, Half::ZERO);
     let mut hasher = DefaultHasher::new();
     (before, rank, weights.scale.to_bits()).hash(&mut hasher);
     hasher.write(cast_slice(&a));

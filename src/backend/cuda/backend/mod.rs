@@ -1,7 +1,7 @@
 //! The operations of a forward pass on a GPU: the launches of this module's kernels behind the trait that the
 //! transformer is written for.
 //!
-//! Activations, weights and the cache are bf16, sums fp32, logits fp32. All work goes to one stream and nothing but
+//! Activations, weights and the cache have one 16-bit type ([`Element`]), sums and logits are fp32. All work goes to one stream and nothing but
 //! reading logits waits for it. What a step says about its rows and their experts is copied to fixed places first
 //! ([`Steps`](steps::Steps)); the launches of the blocks read it there, so those of a step without long prompts are
 //! captured once for each [number of rows](steps) and replayed for every mix of adapters.
@@ -21,14 +21,12 @@ use std::collections::HashMap;
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::sync::Arc;
 
-use half::bf16;
-
 use super::attention::{AttentionInputs, AttentionKernels};
 use super::elementwise::{BlockPages, ElementwiseKernels, EmbeddingTable, HeadNormWeights, Rotary};
 use super::experts::ExpertMemory;
 use super::lora::{ChunkArena, Epilogue, FrozenLayer, LoraKernels, Seated, Site, SiteGroup};
 use super::sample::SampleKernels;
-use super::{CudaError, Device, DeviceBuffer, Graph, Matrix, Stream, TracedLaunch};
+use super::{CudaError, Device, DeviceBuffer, Element, Graph, Half, Matrix, Stream, TracedLaunch};
 use crate::backend::sampling::{Draw, Drawn};
 use crate::backend::{
     AttentionShape, Backend, BackendError, FrozenLinear, Gates, HeadNorms, RotaryTables, Rows, SiteChange,
@@ -62,6 +60,7 @@ pub struct Cuda {
     // Dropped first: it waits for copies into the groups' arenas.
     experts: ExpertMemory,
     device: Arc<Device>,
+    element: Element,
     stream: Stream,
     lora: LoraKernels,
     elementwise: ElementwiseKernels,
@@ -92,25 +91,27 @@ pub struct Recorded {
 }
 
 impl Cuda {
-    /// Opens a device with the kernels of this build.
+    /// Opens a device with the kernels of this build, for a model in `element`: weights and adapters that are stored
+    /// otherwise are rounded to it.
     ///
     /// # Errors
     /// Those of [`Device::open`].
-    pub fn open(ordinal: usize, memory: MemoryOptions) -> Result<Self, BackendError> {
-        Ok(Self::on(&Device::open(ordinal)?, memory)?)
+    pub fn open(ordinal: usize, memory: MemoryOptions, element: Element) -> Result<Self, BackendError> {
+        Ok(Self::on(&Device::open(ordinal)?, memory, element)?)
     }
 
     /// On a device that is open.
     ///
     /// # Errors
     /// [`CudaError::UnknownKernel`] when it was opened without this build's kernels.
-    pub fn on(device: &Arc<Device>, memory: MemoryOptions) -> Result<Self, CudaError> {
+    pub fn on(device: &Arc<Device>, memory: MemoryOptions, element: Element) -> Result<Self, CudaError> {
         Ok(Self {
             stream: device.stream()?,
-            lora: LoraKernels::new(device)?,
-            elementwise: ElementwiseKernels::new(device)?,
-            attention: AttentionKernels::new(device)?,
+            lora: LoraKernels::new(device, element)?,
+            elementwise: ElementwiseKernels::new(device, element)?,
+            attention: AttentionKernels::new(device, element)?,
             sample: SampleKernels::new(device)?,
+            element,
             memory,
             groups: Vec::new(),
             experts: ExpertMemory::new(device, memory.seats)?,
@@ -154,7 +155,7 @@ impl Cuda {
     fn arena(&self, in_features: usize, out_features: usize, lookup: bool) -> Result<ChunkArena, CudaError> {
         let MemoryOptions { seats, max_rank, chunks, .. } = self.memory;
         let arena = if lookup { ChunkArena::for_lookup } else { ChunkArena::new };
-        arena(&self.stream, [in_features, out_features], chunks, seats, max_rank)
+        arena(&self.stream, self.element, [in_features, out_features], chunks, seats, max_rank)
     }
 
     fn add_group(&mut self, sites: Vec<Site>) -> Result<GroupId, BackendError> {
@@ -219,7 +220,7 @@ fn seat_of(experts: &ExpertMemory, expert: u32) -> Option<Seated> {
 }
 
 impl Backend for Cuda {
-    const CACHE_ELEMENT_BYTES: usize = size_of::<bf16>();
+    const CACHE_ELEMENT_BYTES: usize = size_of::<Half>();
     // The weights of `lm_head` are read anew for every part of a step.
     const LOGITS_BYTES: usize = 256 << 20;
     const QUEUES: bool = true;
@@ -236,7 +237,7 @@ impl Backend for Cuda {
     type Recorded = Recorded;
 
     fn weight(&self, tensor: &Tensor) -> Result<Weight, BackendError> {
-        Ok(Weight::new(&self.stream, tensor)?)
+        Ok(Weight::new(&self.stream, self.element, tensor)?)
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<DeviceBuffer<f32>, BackendError> {

@@ -1,17 +1,16 @@
 //! The lookup of token embeddings, and what adapters add to it.
 
 use bytemuck::Zeroable;
-use half::bf16;
 
 use super::super::params::{EmbedParams, RANK_CHUNK, ROW_TILE, RankChunk};
-use super::super::{CudaError, DeviceSlice, Stream};
+use super::super::{CudaError, DeviceSlice, Half, Stream};
 use super::{ElementwiseKernels, Matrix, RowCount, StepRows, access, check_rows, column_grid};
 
 /// A frozen embedding table and its experts.
 #[derive(Clone, Copy)]
 pub struct EmbeddingTable<'a> {
     /// `[vocabulary, width]`
-    pub weight: DeviceSlice<'a, bf16>,
+    pub weight: DeviceSlice<'a, Half>,
     pub vocabulary: usize,
     pub width: usize,
     pub experts: Option<LookupExperts<'a>>,
@@ -21,9 +20,9 @@ pub struct EmbeddingTable<'a> {
 #[derive(Clone, Copy)]
 pub struct LookupExperts<'a> {
     /// `[chunk][vocabulary][16]`: A transposed chunk by chunk, so that the ranks of a token are one access.
-    pub a: DeviceSlice<'a, bf16>,
+    pub a: DeviceSlice<'a, Half>,
     /// `[chunk][width][16]`
-    pub b: DeviceSlice<'a, bf16>,
+    pub b: DeviceSlice<'a, Half>,
     /// What `chunk_lists` leaves for the table's site group of one site.
     pub chunks: DeviceSlice<'a, RankChunk>,
     /// `[tiles · cells + 1]`

@@ -1,6 +1,6 @@
 //! The kernels of a transformer step that memory bounds: what they move is their time.
 //!
-//! Activations are bf16 `[rows, stride]`, all arithmetic is fp32, and a result is rounded once. An access is 16 bytes
+//! Activations are 16-bit `[rows, stride]`, all arithmetic is fp32, and a result is rounded once. An access is 16 bytes
 //! where widths, strides and addresses are multiples of that, else one value. How many rows there are is read on the
 //! device ([`RowCount`], [`StepRows`]), so one graph serves every step of a capacity. A row's bits depend on the row
 //! alone: no thread block sees two rows, and sums run in an order that widths decide.
@@ -35,7 +35,7 @@ use std::sync::Arc;
 use super::params::{
     EmbedParams, PickRowsParams, ROW_COLUMNS, ROW_THREADS, RmsNormParams, RopeStoreParams, SwigluParams,
 };
-use super::{CudaError, Device, DeviceSlice, Kernel, Launch, Stream};
+use super::{CudaError, Device, DeviceSlice, Element, Kernel, Launch, Stream};
 
 pub use super::Matrix;
 pub use super::params::{StepRow, StepSequence};
@@ -83,15 +83,17 @@ pub struct ElementwiseKernels {
 }
 
 impl ElementwiseKernels {
+    /// The kernels for activations of this type.
+    ///
     /// # Errors
     /// [`CudaError::UnknownKernel`] when the device was opened without this build's kernels.
-    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+    pub fn new(device: &Arc<Device>, element: Element) -> Result<Self, CudaError> {
         Ok(Self {
-            embed: device.kernel("embed")?,
-            rms_norm: device.kernel("rms_norm")?,
-            rope_store: device.kernel("rope_store")?,
-            swiglu: device.kernel("swiglu")?,
-            pick_rows: device.kernel("pick_rows")?,
+            embed: element.kernel(device, "embed")?,
+            rms_norm: element.kernel(device, "rms_norm")?,
+            rope_store: element.kernel(device, "rope_store")?,
+            swiglu: element.kernel(device, "swiglu")?,
+            pick_rows: element.kernel(device, "pick_rows")?,
         })
     }
 

@@ -1,10 +1,9 @@
 //! Rotary positions and the store into the paged cache.
 
 use bytemuck::Zeroable;
-use half::bf16;
 
 use super::super::params::{ROPE_HEADS, ROPE_THREADS, RopeStoreParams};
-use super::super::{CudaError, DeviceBuffer, DeviceSlice, Launch, Stream};
+use super::super::{CudaError, DeviceBuffer, DeviceSlice, Half, Launch, Stream};
 use super::{ElementwiseKernels, Matrix, RowCount, StepRows, access, check_rows};
 use crate::backend::{AttentionShape, PAGE, RotaryTables};
 
@@ -62,8 +61,8 @@ pub struct HeadNormWeights<'a> {
 /// The pages of one transformer block: `[pages][kv_heads][16][head_dim]` of keys and of values.
 #[derive(Clone, Copy)]
 pub struct BlockPages<'a> {
-    pub keys: DeviceSlice<'a, bf16>,
-    pub values: DeviceSlice<'a, bf16>,
+    pub keys: DeviceSlice<'a, Half>,
+    pub values: DeviceSlice<'a, Half>,
 }
 
 impl ElementwiseKernels {

@@ -3,10 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use half::bf16;
-
 use super::super::params::{RANK_CHUNK as CHUNK, SlotChunks};
-use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Pinned, Stream};
+use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Element, Half, Pinned, Stream};
 use super::layout::{ArenaShape, LowRank, PairLayout, Parts};
 
 /// The low-rank pairs of one site's experts, by slot.
@@ -18,8 +16,8 @@ use super::layout::{ArenaShape, LowRank, PairLayout, Parts};
 #[derive(Debug)]
 pub struct ChunkArena {
     shape: ArenaShape,
-    a: DeviceBuffer<bf16>,
-    b: DeviceBuffer<bf16>,
+    a: DeviceBuffer<Half>,
+    b: DeviceBuffer<Half>,
     slots: DeviceBuffer<SlotChunks>,
     chunk_ids: DeviceBuffer<u32>,
     column_scales: Option<DeviceBuffer<f32>>,
@@ -35,9 +33,9 @@ pub struct ChunkArena {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SlotContent {
     /// `[chunks, 16, in_features]`, or as the lookup has it.
-    pub a: Vec<bf16>,
+    pub a: Vec<Half>,
     /// `[chunks, out_features, 16]`
-    pub b: Vec<bf16>,
+    pub b: Vec<Half>,
     pub scale: f32,
     /// The order's lower half: which K slices the chunks extend.
     pub phase: u32,
@@ -52,12 +50,13 @@ impl ChunkArena {
     /// [`CudaError::OutOfMemory`].
     pub fn new(
         stream: &Stream,
+        element: Element,
         [in_features, out_features]: [usize; 2],
         chunks: usize,
         slots: usize,
         max_rank: usize,
     ) -> Result<Self, CudaError> {
-        let shape = ArenaShape { in_features, out_features, lookup: false, chunks, slots, max_rank };
+        let shape = ArenaShape { element, in_features, out_features, lookup: false, chunks, slots, max_rank };
         Self::with_shape(stream, shape)
     }
 
@@ -67,12 +66,13 @@ impl ChunkArena {
     /// [`CudaError::OutOfMemory`].
     pub fn for_lookup(
         stream: &Stream,
+        element: Element,
         [in_features, out_features]: [usize; 2],
         chunks: usize,
         slots: usize,
         max_rank: usize,
     ) -> Result<Self, CudaError> {
-        let shape = ArenaShape { in_features, out_features, lookup: true, chunks, slots, max_rank };
+        let shape = ArenaShape { element, in_features, out_features, lookup: true, chunks, slots, max_rank };
         Self::with_shape(stream, shape)
     }
 
@@ -265,8 +265,8 @@ impl ChunkArena {
         let mut ids = vec![0; entry.count as usize];
         let first = self.ids_of(slot).start;
         stream.download(self.chunk_ids.slice(first..first + ids.len()), &mut ids)?;
-        let chunks = |arena: &DeviceBuffer<bf16>, width: usize| {
-            let mut values = vec![bf16::ZERO; ids.len() * CHUNK * width];
+        let chunks = |arena: &DeviceBuffer<Half>, width: usize| {
+            let mut values = vec![Half::ZERO; ids.len() * CHUNK * width];
             for (&id, to) in ids.iter().zip(values.chunks_exact_mut(CHUNK * width)) {
                 let id = id as usize;
                 stream.download(arena.slice(id * CHUNK * width..(id + 1) * CHUNK * width), to)?;
@@ -323,7 +323,7 @@ impl ChunkArena {
     }
 
     /// All of A's chunks, and all of B's.
-    pub(super) fn arenas(&self) -> [DeviceSlice<'_, bf16>; 2] {
+    pub(super) fn arenas(&self) -> [DeviceSlice<'_, Half>; 2] {
         [self.a.slice(..), self.b.slice(..)]
     }
 

@@ -4,14 +4,12 @@ use std::sync::Arc;
 
 use bytemuck::Zeroable;
 
-use half::bf16;
-
 use super::super::elementwise::{EmbeddingTable, LookupExperts};
 use super::super::params::{
     CHUNK_LISTS_THREADS, ChunkListGroup, ChunkListParams, ChunkListSite, GEMM_DECODE_COLUMNS, K_BLOCK,
     MAX_SHRINK_SLICES, MAX_SITES, MAX_SLICES, ROW_TILE, RankChunk,
 };
-use super::super::{CudaError, Device, DeviceBuffer, Launch, Stream};
+use super::super::{CudaError, Device, DeviceBuffer, Half, Launch, Stream};
 use super::product::check_layer;
 use super::{ChunkArena, LoraKernels, WorkList};
 
@@ -44,7 +42,7 @@ pub fn shrink_slices(in_features: usize) -> usize {
 #[derive(Debug)]
 pub struct Site {
     /// `[out_features, in_features]`
-    pub weight: DeviceBuffer<bf16>,
+    pub weight: DeviceBuffer<Half>,
     /// `[out_features]`
     pub bias: Option<DeviceBuffer<f32>>,
     pub chunks: ChunkArena,

@@ -12,7 +12,7 @@ use super::super::params::{
     SHRINK_GATE_16_THREADS, SHRINK_GATE_64_CHUNKS, SHRINK_GATE_64_ROWS, SHRINK_GATE_64_SHARED_BYTES,
     SHRINK_GATE_64_THREADS, ShrinkGateParams,
 };
-use super::super::{CudaError, Device, Kernel, Launch, Matrix, Stream};
+use super::super::{CudaError, Device, Element, Kernel, Launch, Matrix, Stream};
 use super::product::{Epilogue, FrozenLayer, Outputs, Product, check_step};
 use super::{Scratch, SiteGroup, WorkList, shrink_slices};
 
@@ -89,16 +89,20 @@ struct Decode {
 }
 
 impl LoraKernels {
+    /// The kernels for weights, adapters and activations of this type.
+    ///
     /// # Errors
     /// [`CudaError::UnknownKernel`] when the device was opened without this build's kernels.
-    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+    pub fn new(device: &Arc<Device>, element: Element) -> Result<Self, CudaError> {
         let decode = |rows, shared_bytes| {
-            let kernel =
-                device.kernel(&format!("gemm_decode_{rows}"))?.with_shared_memory(shared_bytes as u32)?;
+            let kernel = element
+                .kernel(device, &format!("gemm_decode_{rows}"))?
+                .with_shared_memory(shared_bytes as u32)?;
             Ok::<_, CudaError>(Decode { rows, shared_bytes, kernel })
         };
-        let gemm = |name| device.kernel(name)?.with_shared_memory(GEMM_RANK_EXT_SHARED_BYTES as u32);
-        let shrink = |name, shared_bytes| device.kernel(name)?.with_shared_memory(shared_bytes as u32);
+        let gemm = |name| element.kernel(device, name)?.with_shared_memory(GEMM_RANK_EXT_SHARED_BYTES as u32);
+        let shrink =
+            |name, shared_bytes| element.kernel(device, name)?.with_shared_memory(shared_bytes as u32);
         Ok(Self {
             chunk_lists: device.kernel("chunk_lists")?,
             shrink_gate_16: shrink("shrink_gate_16", SHRINK_GATE_16_SHARED_BYTES)?,

@@ -5,19 +5,18 @@
 use std::mem::size_of;
 
 use bytemuck::Pod;
-use half::bf16;
 
-use super::super::CudaError;
 use super::super::params::{RANK_CHUNK as CHUNK, SlotChunks};
+use super::super::{CudaError, Element, Half};
 
 /// What one adapter changes at one site: `scale · B · A`, and per column. Rank 0 where it only changes columns.
 #[derive(Clone, Copy, Debug)]
 pub struct LowRank<'a> {
     pub rank: usize,
     /// `[rank, in_features]`
-    pub a: &'a [bf16],
+    pub a: &'a [Half],
     /// `[out_features, rank]`
-    pub b: &'a [bf16],
+    pub b: &'a [Half],
     /// alpha / r, or alpha / √r.
     pub scale: f32,
     /// `[out_features]`: with gate g, the frozen product is multiplied by `1 + g · (column_scale − 1)` (DoRA).
@@ -32,6 +31,8 @@ pub struct LowRank<'a> {
 /// The sizes of a [`ChunkArena`](super::ChunkArena): what it takes on the device, and which pairs fit it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ArenaShape {
+    /// Of A and B.
+    pub element: Element,
     /// For a lookup, the vocabulary.
     pub in_features: usize,
     pub out_features: usize,
@@ -53,7 +54,7 @@ impl ArenaShape {
     /// Bytes of device memory that an arena has from the start.
     pub fn bytes(&self) -> usize {
         let tables = self.slots * (size_of::<SlotChunks>() + self.chunks_per_slot() * size_of::<u32>());
-        self.chunks * CHUNK * (self.in_features + self.out_features) * size_of::<bf16>() + tables
+        self.chunks * CHUNK * (self.in_features + self.out_features) * size_of::<Half>() + tables
     }
 
     /// Bytes that the first pair with a column scale adds to an arena, for all slots; the first with a bias as many again.
@@ -86,8 +87,9 @@ impl ArenaShape {
                 return shape(format!("{name} has {} values, wanted {} x {width}", values.len(), pair.rank));
             }
             // A zero gate hides a row from an expert's finite values only: NaN times zero is NaN.
-            if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-                return shape(format!("{name} has {} at {at}, not a finite value", values[at]));
+            let mut values = values.iter().map(|&value| self.element.to_f32(value)).enumerate();
+            if let Some((at, value)) = values.find(|(_, value)| !value.is_finite()) {
+                return shape(format!("{name} has {value} at {at}, not a finite value"));
             }
         }
         for (name, values) in [("the column scale", pair.column_scale), ("the bias", pair.bias)] {
@@ -122,9 +124,9 @@ pub(in super::super) struct PairLayout {
 /// A block, cut into its parts. Larger alignments come first, so that there is nothing between them.
 pub(super) struct Parts<'a> {
     /// `[chunks, 16, in_features]`; of a lookup `[chunks, vocabulary, 16]`.
-    pub a: &'a mut [bf16],
+    pub a: &'a mut [Half],
     /// `[chunks, out_features, 16]`
-    pub b: &'a mut [bf16],
+    pub b: &'a mut [Half],
     /// `[1]`, for the arena to fill in.
     pub entry: &'a mut [SlotChunks],
     /// `[out_features]`, or nothing.
@@ -151,7 +153,7 @@ impl PairLayout {
 
     /// Bytes of the block.
     pub fn bytes(&self) -> usize {
-        let of_chunks = self.chunks * CHUNK * (self.in_features + self.out_features) * size_of::<bf16>();
+        let of_chunks = self.chunks * CHUNK * (self.in_features + self.out_features) * size_of::<Half>();
         let of_columns = (usize::from(self.column_scale) + usize::from(self.bias)) * self.out_features;
         of_chunks + size_of::<SlotChunks>() + of_columns * size_of::<f32>() + self.chunks * size_of::<u32>()
     }
@@ -177,7 +179,7 @@ impl PairLayout {
             let count = ranks.len();
             let of_chunk = &pair.a[ranks.start * self.in_features..ranks.end * self.in_features];
             if self.lookup {
-                a.fill(bf16::ZERO);
+                a.fill(Half::ZERO);
                 for (rank, values) in of_chunk.chunks_exact(self.in_features).enumerate() {
                     for (to, &value) in a[rank..].iter_mut().step_by(CHUNK).zip(values) {
                         *to = value;
@@ -185,11 +187,11 @@ impl PairLayout {
                 }
             } else {
                 a[..of_chunk.len()].copy_from_slice(of_chunk);
-                a[of_chunk.len()..].fill(bf16::ZERO);
+                a[of_chunk.len()..].fill(Half::ZERO);
             }
             for (row, of_row) in b.chunks_exact_mut(CHUNK).zip(pair.b.chunks_exact(pair.rank)) {
                 row[..count].copy_from_slice(&of_row[ranks.clone()]);
-                row[count..].fill(bf16::ZERO);
+                row[count..].fill(Half::ZERO);
             }
         }
         column_scale.copy_from_slice(pair.column_scale.unwrap_or_default());

@@ -1,11 +1,10 @@
 //! What a product computes and where its outputs go, with every shape checked before it becomes an address.
 
 use bytemuck::Zeroable;
-use half::bf16;
 
 use super::super::elementwise::{RowCount, access};
 use super::super::params::{self, GEMM_RANK_EXT_COLUMNS, GemmParams, GemmSite, ROW_TILE};
-use super::super::{CudaError, DeviceBuffer, DeviceSlice, Matrix};
+use super::super::{CudaError, DeviceBuffer, DeviceSlice, Half, Matrix};
 use super::{Scratch, SiteGroup, Step, k_slices};
 
 /// What becomes of the sums of a product.
@@ -14,7 +13,7 @@ pub enum Epilogue<'a> {
     /// `y = sum + bias`
     Store,
     /// `y = residual + sum + bias`, both with the stride of y; the residual may be y.
-    AddResidual(DeviceSlice<'a, bf16>),
+    AddResidual(DeviceSlice<'a, Half>),
     /// `y = silu(sum₀ + bias₀) ⊙ (sum₁ + bias₁)` for a group of two sites with equal outputs (Shazeer 2020).
     SwiGlu,
 }
@@ -44,7 +43,7 @@ impl<'a> From<Matrix<'a, f32>> for Outputs<'a> {
 #[derive(Clone, Copy)]
 pub struct FrozenLayer<'a> {
     /// `[out_features, in_features]`, the latter a multiple of 8.
-    pub weight: DeviceSlice<'a, bf16>,
+    pub weight: DeviceSlice<'a, Half>,
     /// `[out_features]`
     pub bias: Option<DeviceSlice<'a, f32>>,
     pub in_features: usize,

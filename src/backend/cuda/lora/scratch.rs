@@ -1,11 +1,9 @@
 //! Memory that the launches of one group share with the next group's.
 
-use half::bf16;
-
 use super::super::params::{
     GEMM_DECODE_COLUMNS, GEMM_RANK_EXT_COLUMNS, GemmDecodeCounters, RANK_CHUNK, ROW_TILE, SHRINK_GATE_16_ROWS,
 };
-use super::super::{CudaError, DeviceBuffer, DeviceSlice, Stream};
+use super::super::{CudaError, DeviceBuffer, DeviceSlice, Half, Stream};
 use super::kernels::{DECODE_ROWS, FEW_ROWS, GEMM_BLOCKS};
 use super::product::column_tiles;
 use super::{SiteGroup, shrink_slices};
@@ -16,7 +14,7 @@ pub struct Scratch {
     sizes: Sizes,
     multiprocessors: usize,
     /// `[capacity][128][16]`
-    v: DeviceBuffer<bf16>,
+    v: DeviceBuffer<Half>,
     partials: DeviceBuffer<f32>,
     arrived: DeviceBuffer<u32>,
     shrink_partials: DeviceBuffer<f32>,
@@ -52,7 +50,7 @@ impl Scratch {
     }
 
     /// `[chunks][128][16]`: V of the last group whose V was computed, in the order of its chunk list.
-    pub fn v(&self) -> DeviceSlice<'_, bf16> {
+    pub fn v(&self) -> DeviceSlice<'_, Half> {
         self.v.slice(..)
     }
 
