@@ -1,17 +1,18 @@
 //! The operations of a forward pass on a GPU: the launches of this module's kernels behind the trait that the
 //! transformer is written for.
 //!
-//! Activations, weights and the cache have one 16-bit type ([`Element`]), sums and logits are fp32. All work goes to one stream and nothing but
-//! reading logits waits for it. What a step says about its rows and their experts is copied to fixed places first
-//! ([`Steps`](steps::Steps)); the launches of the blocks read it there, so those of a step without long prompts are
-//! captured once for each [number of rows](steps) and replayed for every mix of adapters.
+//! Activations, weights and the cache have one 16-bit type ([`Element`]), sums and logits are fp32. All work goes to one
+//! stream, and nothing waits for it but sampling and reading logits. What a step says about its rows and their experts is
+//! copied to fixed places first (`steps`); the launches of the blocks read it there, so those of a step without long
+//! prompts are captured once for each of some numbers of rows, and replayed for every mix of adapters.
 //!
 //! # Launches
 //!
 //! A decoder block of a replayed step is eight: norm, `q·k·v`, rotation and store, attention, `o` with the residual,
-//! norm, `gate·up` with SwiGLU (two where the checkpoint has both in one layer), `down` with the residual. Up to 64 rows a product computes V itself, LoRA included;
-//! for more rows each of the four has a shrink launch before it. A step begins with one launch for the chunk lists and
-//! one for the embeddings, and ends with rows, norm and `lm_head`.
+//! norm, `gate·up` with SwiGLU (two where the checkpoint has both in one layer), `down` with the residual. Up to 64 rows
+//! a product computes V itself, LoRA included; for more rows each of the four has a shrink launch before it. A step
+//! begins with one launch for the chunk lists, where its experts are not those of the step before, and one for the
+//! embeddings; it ends with rows, norm, `lm_head` and sampling.
 
 mod buffer;
 mod loader;
