@@ -156,9 +156,9 @@ pub(crate) struct EngineArgs {
     /// Most adapters that are loaded; those beyond --max-loras wait in host memory [default: no bound]
     #[arg(long, env = "LORAMUX_MAX_CPU_LORAS", value_name = "N")]
     max_cpu_loras: Option<usize>,
-    /// Largest rank of an adapter
-    #[arg(long, env = "LORAMUX_MAX_LORA_RANK", default_value_t = EngineOptions::default().max_lora_rank, value_name = "N")]
-    max_lora_rank: usize,
+    /// Largest rank of an adapter [default: 512; on a GPU 64]
+    #[arg(long, env = "LORAMUX_MAX_LORA_RANK", value_name = "N")]
+    max_lora_rank: Option<usize>,
     /// Share of a GPU's memory to use, 0 to 1
     #[arg(long, env = "LORAMUX_GPU_MEMORY_UTILIZATION", default_value_t = EngineOptions::default().gpu_memory_utilization, value_name = "SHARE")]
     gpu_memory_utilization: f32,
@@ -187,7 +187,7 @@ impl EngineArgs {
             max_loras: self.max_loras,
             max_cpu_loras: self.max_cpu_loras,
             gpu_memory_utilization: self.gpu_memory_utilization,
-            max_lora_rank: self.max_lora_rank,
+            max_lora_rank: self.max_lora_rank.unwrap_or(usual.max_lora_rank),
             kv_cache_bytes: self.kv_cache_memory_bytes,
             seed: self.seed,
         })

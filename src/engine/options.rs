@@ -76,13 +76,14 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
-    /// What is usual on a device: steps of more rows on a GPU, which needs them to be busy.
+    /// What is usual on a device: on a GPU steps of more rows, which it needs to be busy, and smaller ranks, since room
+    /// for `max_loras` adapters of the largest is taken at once.
     pub fn on(device: Device) -> Self {
-        let max_num_batched_tokens = match device {
-            Device::Cpu => 512,
-            Device::Cuda(_) => 2048,
-        };
-        Self { device, max_num_batched_tokens, ..Self::default() }
+        let cpu = Self::default();
+        match device {
+            Device::Cpu => cpu,
+            Device::Cuda(_) => Self { device, max_num_batched_tokens: 2048, max_lora_rank: 64, ..cpu },
+        }
     }
 
     /// # Errors

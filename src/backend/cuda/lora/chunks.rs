@@ -86,8 +86,16 @@ impl ChunkArena {
         let per_slot = shape.chunks_per_slot();
         let arena = Self {
             shape,
-            a: DeviceBuffer::new(device, chunks * CHUNK * in_features, "rank chunks of A")?,
-            b: DeviceBuffer::new(device, chunks * CHUNK * out_features, "rank chunks of B")?,
+            a: DeviceBuffer::new(
+                device,
+                chunks * CHUNK * in_features,
+                "room for adapters (rank chunks of A)",
+            )?,
+            b: DeviceBuffer::new(
+                device,
+                chunks * CHUNK * out_features,
+                "room for adapters (rank chunks of B)",
+            )?,
             slots: DeviceBuffer::new(device, slots, "slots of experts")?,
             chunk_ids: DeviceBuffer::new(device, slots * per_slot, "chunks of slots")?,
             column_scales: None,
