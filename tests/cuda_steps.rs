@@ -14,10 +14,11 @@ mod random;
 use common::Case;
 use common::forward::{LONGEST, bring, load, logits};
 use cuda_device::{device, on_gpu};
+use loramux::adapter::peft::{Limits, read_adapter};
 use loramux::backend::cuda::{Cuda, Element, MemoryOptions};
 use loramux::backend::sampling::{Draw, Drawn, Sampler, SamplingParams, TokenSource};
 use loramux::backend::{Backend, BackendError, PAGE, Rows};
-use loramux::model::{Transformer, Workspace, WorkspaceSize};
+use loramux::model::{Base, Transformer, Workspace, WorkspaceSize};
 use random::Random;
 
 const MEMORY: MemoryOptions = MemoryOptions { utilization: 0.9, seats: 12, max_rank: 32, chunks: 24 };
@@ -135,6 +136,45 @@ fn recorded_steps_of_any_mix_give_the_bits_of_whole_prompts() {
             }
         }
     }
+}
+
+/// The lists of a step are not taken for those of the next when a slot has another adapter by then, even one that moves
+/// nothing to the device; and an expert that has not been brought is an error, not the base.
+#[test]
+fn a_slot_with_another_adapter_has_lists_of_its_own() {
+    let case = Case::open("llama");
+    let slot = case.adapters().iter().position(|name| name == "all-r8").unwrap();
+    let base = Base::open(&case.model()).unwrap();
+    let sites = &base.checkpoint.sites().table;
+    let folder = case.adapter_folder("saved-head");
+    let mut head = read_adapter(&folder, sites, &base.checkpoint, Limits { max_rank: 32 }).unwrap();
+    head.sites.clear();
+    head.saved_biases.clear();
+    let mixture: Mixture = vec![(slot as u32, 1.0)];
+
+    let mut backend = Cuda::on(&device(), MEMORY, Element::Bf16).unwrap();
+    let mut decoder = Decoder::new(&mut backend, &case, vec![mixture.clone(); 4]);
+    decoder.rows.push_sequence(&[3], 0, 0, &[0], &mixture);
+    let refused = backend.begin_step(&decoder.rows).unwrap_err().to_string();
+    assert!(refused.contains("has not been brought"), "{refused}");
+
+    let step = |backend: &mut Cuda, decoder: &mut Decoder| {
+        bring(backend, &[(&mixture, &[])]);
+        decoder.step(backend, &[0, 1, 2, 3]);
+        backend.read(decoder.workspace.logits(), 4).unwrap().to_vec()
+    };
+    let before = step(&mut backend, &mut decoder);
+    decoder.transformer.unload_adapter(&mut backend, slot).unwrap();
+    decoder.transformer.load_adapter(&mut backend, slot, &head, &base.checkpoint).unwrap();
+    let after = step(&mut backend, &mut decoder);
+
+    let mut backend = Cuda::on(&device(), MEMORY, Element::Bf16).unwrap();
+    let mut fresh = Decoder::new(&mut backend, &case, vec![mixture.clone(); 4]);
+    fresh.transformer.unload_adapter(&mut backend, slot).unwrap();
+    fresh.transformer.load_adapter(&mut backend, slot, &head, &base.checkpoint).unwrap();
+    let wanted = step(&mut backend, &mut fresh);
+    assert_eq!(after, wanted);
+    assert_ne!(after, before);
 }
 
 /// Promise 7 on this backend: a step of decoding allocates no memory and waits once, for the sampled tokens.

@@ -173,6 +173,8 @@ impl Engine {
             #[cfg(feature = "cuda")]
             Device::Cuda(ordinal) => {
                 let memory = options.cuda_memory();
+                // Nobody waits for a seat that is not there.
+                let options = EngineOptions { max_loras: Some(memory.seats), ..options };
                 let element = Element::from_dtype(options.gpu_dtype(&base.checkpoint));
                 let element = element.expect("the options allow no other type");
                 Self::start_on(base, options, move || Cuda::open(ordinal, memory, element))

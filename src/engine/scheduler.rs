@@ -64,8 +64,13 @@ impl Scheduler {
     }
 
     pub fn push(&mut self, sequence: Sequence) {
-        self.changes += 1;
         self.waiting.push_back(sequence);
+        self.changes += u64::from(self.may_admit());
+    }
+
+    /// Whether a waiting sequence might join the next step.
+    fn may_admit(&self) -> bool {
+        !self.waiting.is_empty() && self.running.len() < self.limits.sequences
     }
 
     /// A number that is another one once sequences have come, gone or been thrown out.
@@ -144,7 +149,7 @@ impl Scheduler {
     }
 
     /// Plans the step after one whose tokens are still being drawn, as far as it can be known: where every sequence draws
-    /// one, `ends` says of none that it is the last, and nobody waits. Says whether it has.
+    /// one, `ends` says of none that it is the last, and nobody can join. Says whether it has.
     ///
     /// While [`changes`](Self::changes) stays the same that step can run, with the tokens that
     /// [`name_tokens`](Self::name_tokens) puts in.
@@ -155,7 +160,7 @@ impl Scheduler {
         ends: impl Fn(&Sequence) -> bool,
     ) -> bool {
         let all_drawing = self.running.iter().all(|sequence| sequence.remaining() == 0 && !ends(sequence));
-        if !all_drawing || !self.waiting.is_empty() || self.running.len() > self.limits.rows {
+        if !all_drawing || self.may_admit() || self.running.len() > self.limits.rows {
             return false;
         }
         for sequence in &mut self.running {

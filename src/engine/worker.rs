@@ -202,7 +202,10 @@ impl<B: Backend> Worker<B> {
             }
             return;
         }
-        if let Err(error) = self.compute(backend, begun) {
+        let computed = self.compute(backend, begun);
+        // Also after an error: what has ended has not failed.
+        self.retire_ended(backend);
+        if let Err(error) = computed {
             error.end_process_if_lost();
             self.fail(backend, &error, |sequence| sequence.planned > 0);
         }
@@ -211,6 +214,7 @@ impl<B: Backend> Worker<B> {
     /// Runs the planned rows, which may have `begun` already, and hands their tokens to the sequences.
     fn compute(&mut self, backend: &mut B, begun: bool) -> Result<(), BackendError> {
         let Self { scheduler, step, transformer, workspace, rules, stats, .. } = self;
+        step.ended.clear();
         stats.count_step(&step.rows, scheduler);
         if begun {
             backend.set_tokens(&step.rows.tokens)?;
@@ -221,7 +225,6 @@ impl<B: Backend> Worker<B> {
         for sequence in &mut scheduler.running {
             sequence.computed += sequence.planned;
         }
-        step.ended.clear();
         for picks in step.picks.chunks(workspace.logit_rows()) {
             step.picked.clear();
             step.picked.extend(picks.iter().map(|pick| pick.row));
@@ -233,8 +236,11 @@ impl<B: Backend> Worker<B> {
                 if picks.len() == step.picks.len()
                     && scheduler.plan_ahead(&mut step.next_rows, &mut step.next_picks, ends)
                 {
-                    backend.begin_step(&step.next_rows)?;
-                    step.ahead = Some(scheduler.changes());
+                    match backend.begin_step(&step.next_rows) {
+                        Ok(()) => step.ahead = Some(scheduler.changes()),
+                        // This step is computed all the same, and the next is planned anew.
+                        Err(error) => error.end_process_if_lost(),
+                    }
                 }
             }
             let mut draws: Vec<Draw<'_>> = std::mem::take(&mut step.draws);
@@ -258,12 +264,16 @@ impl<B: Backend> Worker<B> {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Lets go of the sequences whose last token has been drawn.
+    fn retire_ended(&mut self, backend: &mut B) {
         if !self.step.ended.is_empty() {
             let ended = std::mem::take(&mut self.step.ended);
             self.retire(backend, |sequence| ended.contains(&sequence.id), |_| {});
             self.step.ended = ended;
         }
-        Ok(())
     }
 
     fn drop_cancelled(&mut self, backend: &mut B) {

@@ -61,8 +61,10 @@ impl Loader {
                 }
             }
         }
-        let has_ranks = changes.iter().any(|(_, change)| matches!(change, SiteChange::LowRank(_)));
-        Ok(StagedAdapter { ranks: has_ranks.then_some(ranks), replaced })
+        // An adapter that changes nothing at all has a seat, too: steps ask for it.
+        let seated =
+            replaced.is_empty() || changes.iter().any(|(_, change)| matches!(change, SiteChange::LowRank(_)));
+        Ok(StagedAdapter { ranks: seated.then_some(ranks), replaced })
     }
 }
 
@@ -87,9 +89,12 @@ fn add(
     // A lookup's rows are as wide as those of activations.
     b.resize(shape.out_features * rank, Half::ZERO);
     let mut hasher = DefaultHasher::new();
-    (before, rank, weights.scale.to_bits()).hash(&mut hasher);
+    (before, site, rank, weights.scale.to_bits()).hash(&mut hasher);
     hasher.write(cast_slice(&a));
     hasher.write(cast_slice(&b));
+    for columns in [&weights.column_scale, &weights.bias].into_iter().flatten() {
+        hasher.write(cast_slice(columns));
+    }
     let order = hasher.finish();
     let pair = LowRank {
         rank,

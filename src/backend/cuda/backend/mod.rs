@@ -209,9 +209,39 @@ impl Cuda {
         })
     }
 
+    /// That steps find every expert of these gates.
+    fn check_brought(&self, gates: &Gates) -> Result<(), CudaError> {
+        let mut experts = gates.runs().iter().flat_map(|run| gates.experts_of(run));
+        let missing = experts.find(|&&expert| match self.experts.order(expert) {
+            Some(_) => self.experts.seat(expert).is_none(),
+            // Whole weights are there as long as it is loaded.
+            None => !self.replaced.keys().any(|&(of, _)| of == expert),
+        });
+        match missing {
+            Some(expert) => {
+                Err(CudaError::Shape(format!("a step of expert {expert}, which has not been brought")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// A slot has another content: lists of the step before say nothing about the next.
+    fn forget_lists(&mut self) {
+        if let Some(steps) = &mut self.steps {
+            steps.forget_lists();
+        }
+    }
+
     /// What captured launches were made for: they serve no other state.
     fn state(&self) -> [u64; 2] {
         [self.reserved, self.experts.generation()]
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        // What is queued uses memory that goes now; an error has nobody left to hear of it.
+        let _ = self.stream.synchronize();
     }
 }
 
@@ -323,6 +353,7 @@ impl Backend for Cuda {
         adapter: StagedAdapter,
     ) -> Result<(), BackendError> {
         let expert = slot as u32;
+        self.forget_lists();
         self.replaced.extend(adapter.replaced.into_iter().map(|(group, weight)| ((expert, group), weight)));
         if let Some(ranks) = adapter.ranks {
             self.experts.insert(&mut self.groups, expert, ranks)?;
@@ -337,7 +368,12 @@ impl Backend for Cuda {
         slot: usize,
     ) -> Result<(), BackendError> {
         let expert = slot as u32;
-        self.replaced.retain(|&(of, _), _| of != expert);
+        self.forget_lists();
+        if self.replaced.keys().any(|&(of, _)| of == expert) {
+            // Memory is not freed under what is queued.
+            self.stream.synchronize()?;
+            self.replaced.retain(|&(of, _), _| of != expert);
+        }
         Ok(self.experts.remove(&mut self.groups, expert)?)
     }
 
@@ -350,6 +386,7 @@ impl Backend for Cuda {
     }
 
     fn begin_step(&mut self, rows: &Rows) -> Result<(), BackendError> {
+        self.check_brought(&rows.gates)?;
         let Self { stream, lora, steps, experts, .. } = self;
         let steps =
             steps.as_mut().ok_or_else(|| CudaError::Shape("a step without a workspace".to_owned()))?;

@@ -121,6 +121,11 @@ impl Steps {
         Ok(())
     }
 
+    /// Has the lists of the next step built anew.
+    pub fn forget_lists(&mut self) {
+        self.listed = None;
+    }
+
     /// Goes on with some of the rows, ascending.
     pub fn pick(
         &mut self,

@@ -156,12 +156,16 @@ impl ChunkArena {
     ) -> Result<bool, CudaError> {
         let before = self.changes_columns();
         let count = self.shape.slots * self.shape.out_features;
-        if layout.column_scale && self.column_scales.is_none() {
-            self.column_scales = Some(DeviceBuffer::new(device, count, "column scales of experts")?);
-        }
-        if layout.bias && self.biases.is_none() {
-            self.biases = Some(DeviceBuffer::new(device, count, "biases of experts")?);
-        }
+        let room = |wanted: bool, there: &Option<DeviceBuffer<f32>>, purpose| match wanted && there.is_none()
+        {
+            true => DeviceBuffer::new(device, count, purpose).map(Some),
+            false => Ok(None),
+        };
+        // Both or neither: after an error nothing has changed.
+        let column_scales = room(layout.column_scale, &self.column_scales, "column scales of experts")?;
+        let biases = room(layout.bias, &self.biases, "biases of experts")?;
+        self.column_scales = self.column_scales.take().or(column_scales);
+        self.biases = self.biases.take().or(biases);
         Ok(self.changes_columns() != before)
     }
 
