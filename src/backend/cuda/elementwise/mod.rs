@@ -38,7 +38,7 @@ use super::params::{
 use super::{CudaError, Device, DeviceSlice, Element, Kernel, Launch, Stream};
 
 pub use super::Matrix;
-pub use super::params::{StepRow, StepSequence};
+pub use super::params::StepRow;
 pub use embed::{EmbeddingTable, LookupExperts};
 pub use rope::{BlockPages, HeadNormWeights, Rotary};
 pub use step_rows::{StepLimits, StepRows};

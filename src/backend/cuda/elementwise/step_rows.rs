@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 
-use super::super::params::{StepRow, StepSequence};
+use super::super::params::StepRow;
 use super::super::{CudaError, Device, DeviceBuffer, DeviceSlice, Event, Pinned, Stream};
 use super::RowCount;
 use crate::backend::{PAGE, Rows};
@@ -43,8 +43,6 @@ pub struct StepRows {
     count: Staged<u32>,
     tokens: Staged<u32>,
     rows: Staged<StepRow>,
-    sequences: Staged<StepSequence>,
-    pages: Staged<u32>,
     /// `[1]`
     picked_count: Staged<u32>,
     picked: Staged<u32>,
@@ -66,8 +64,6 @@ impl StepRows {
             count: Staged::new(device, 1, "the rows of a step")?,
             tokens: Staged::new(device, limits.rows, "tokens of a step")?,
             rows: Staged::new(device, limits.rows, "rows of a step")?,
-            sequences: Staged::new(device, limits.sequences, "sequences of a step")?,
-            pages: Staged::new(device, limits.pages, "pages of a step")?,
             picked_count: Staged::new(device, 1, "the picked rows of a step")?,
             picked: Staged::new(device, limits.picked, "picked rows of a step")?,
             copied: device.event()?,
@@ -94,14 +90,7 @@ impl StepRows {
         self.copied.synchronize()?;
         self.count.host[0] = rows.len() as u32;
         self.tokens.host[..rows.len()].copy_from_slice(&rows.tokens);
-        self.pages.host[..rows.pages.len()].copy_from_slice(&rows.pages);
         for (index, sequence) in rows.sequences.iter().enumerate() {
-            self.sequences.host[index] = StepSequence {
-                first_row: sequence.rows.start as u32,
-                rows: sequence.rows.len() as u32,
-                start: sequence.start as u32,
-                first_page: sequence.pages.start as u32,
-            };
             let pages = &rows.pages[sequence.pages.clone()];
             for (row, position) in sequence.rows.clone().zip(sequence.start..) {
                 self.rows.host[row] = StepRow {
@@ -117,8 +106,6 @@ impl StepRows {
             self.count.send(stream, 1)?;
             self.tokens.send(stream, rows.len())?;
             self.rows.send(stream, rows.len())?;
-            self.sequences.send(stream, rows.sequences.len())?;
-            self.pages.send(stream, rows.pages.len())?;
         }
         stream.record(&self.copied)
     }
@@ -184,16 +171,6 @@ impl StepRows {
     /// `[rows]`
     pub fn rows(&self) -> DeviceSlice<'_, StepRow> {
         self.rows.device.slice(..)
-    }
-
-    /// `[sequences]`
-    pub fn sequences(&self) -> DeviceSlice<'_, StepSequence> {
-        self.sequences.device.slice(..)
-    }
-
-    /// `[pages]`: page numbers, those of a sequence from its `first_page` on.
-    pub fn pages(&self) -> DeviceSlice<'_, u32> {
-        self.pages.device.slice(..)
     }
 
     /// `[picked]`: row numbers.
