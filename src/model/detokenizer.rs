@@ -100,7 +100,6 @@ impl TextDecoder {
     }
 
     fn drain(&mut self, tokenizer: &Tokenizer, last: bool, text: &mut String) {
-        let from = text.len();
         let mut done = 0;
         while done < self.pending.len() {
             let rest = &self.pending[done..];
@@ -112,14 +111,14 @@ impl TextDecoder {
                         Some(length) => (valid, length),
                         None if last => (valid, rest.len() - valid.len()),
                         None => {
-                            text.push_str(valid);
+                            text.push_str(strip_start(tokenizer, &mut self.strip, valid));
                             done += valid.len();
                             break;
                         }
                     }
                 }
             };
-            text.push_str(valid);
+            text.push_str(strip_start(tokenizer, &mut self.strip, valid));
             done += valid.len();
             // The prompt's text already shows its own bytes as U+FFFD.
             let shown = done.max(self.prompt_bytes.min(done + invalid));
@@ -128,25 +127,29 @@ impl TextDecoder {
                 InvalidBytes::PerSequence => usize::from(done + invalid > shown),
             };
             text.extend(std::iter::repeat_n(char::REPLACEMENT_CHARACTER, replacements));
+            if invalid > 0 {
+                self.strip = 0;
+            }
             done += invalid;
         }
         self.pending.drain(..done);
         self.prompt_bytes = self.prompt_bytes.saturating_sub(done);
-        self.strip_start(tokenizer, from, text);
     }
+}
 
-    /// Takes the decoder's stripped characters off the start of the whole text, of which `text[from..]` is the next part.
-    fn strip_start(&mut self, tokenizer: &Tokenizer, from: usize, text: &mut String) {
-        while self.strip > 0 && text.len() > from {
-            match tokenizer.stripped_start() {
-                Some((stripped, _)) if text[from..].starts_with(stripped) => {
-                    text.remove(from);
-                    self.strip -= 1;
-                }
-                _ => self.strip = 0,
+/// What is left of `part`, the next part of the whole text, after the decoder's characters are stripped off the start;
+/// of these `left` may still go.
+fn strip_start<'a>(tokenizer: &Tokenizer, left: &mut usize, mut part: &'a str) -> &'a str {
+    while *left > 0 && !part.is_empty() {
+        match tokenizer.stripped_start().and_then(|(stripped, _)| part.strip_prefix(stripped)) {
+            Some(rest) => {
+                part = rest;
+                *left -= 1;
             }
+            None => *left = 0,
         }
     }
+    part
 }
 
 #[cfg(test)]

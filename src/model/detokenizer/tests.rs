@@ -47,6 +47,15 @@ fn the_first_word_keeps_its_space_after_a_prompt() {
 }
 
 #[test]
+fn a_byte_that_the_prompt_shows_ends_the_stripping_of_the_start() {
+    let tokenizer = Arc::new(sentencepiece(strip_decoder()));
+    let id = |token: &str| tokenizer.token_to_id(token).unwrap();
+    let (unfinished, hello) = (id("<0xF0>"), id("▁Hello"));
+    assert_eq!(tokenizer.decode(&[unfinished, hello], true), "\u{fffd} Hello");
+    assert_eq!(stream(&tokenizer, &[unfinished], &[hello], true), [" Hello", ""]);
+}
+
+#[test]
 fn special_tokens_are_left_out_or_shown() {
     let tokenizer = Arc::new(byte_level());
     let end = tokenizer.token_to_id(tokenizer.eos_token().unwrap()).unwrap();
