@@ -53,3 +53,4 @@ pub mod mixture;
 pub mod model;
 pub mod openai;
 pub mod tensor;
+pub mod train;

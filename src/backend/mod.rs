@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod cuda;
 mod rows;
 pub mod sampling;
+pub mod training;
 
 use thiserror::Error;
 
