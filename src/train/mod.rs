@@ -2,5 +2,44 @@
 //!
 //! A job's result has the same bits alone and beside any others, in one piece or resumed.
 
+pub mod balance;
+pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod folder;
+pub mod job;
+pub mod metrics;
+pub mod run;
+mod schedule;
+pub mod trainer;
+
+use std::path::PathBuf;
+
+use crate::adapter::peft::AdapterError;
+use crate::backend::BackendError;
+use crate::engine::EngineError;
+use crate::format::FormatError;
+use crate::model::{BaseError, ModelError};
+
+/// What training can fail with.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    #[error(transparent)]
+    Base(#[from] BaseError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error("{}: there are results in it: continue them with --resume or replace them with --force", folder.display())]
+    Exists { folder: PathBuf },
+    #[error("{}: another run is writing there", folder.display())]
+    Busy { folder: PathBuf },
+    #[error("{}: its checkpoint is another job's: {what}", folder.display())]
+    Changed { folder: PathBuf, what: String },
+}

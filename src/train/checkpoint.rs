@@ -1,0 +1,153 @@
+//! Checkpoints: all that a job needs to go on as if it had never stopped.
+//!
+//! One safetensors file holds the weights, the optimizer's moments and, as metadata, the state of everything else. It
+//! replaces the previous one in a single rename after its bytes are on the disk (see
+//! [`write_atomic`](crate::format::write_atomic)), so whatever happens one whole checkpoint is there.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::sampling::SamplerState;
+use crate::backend::training::PairValues;
+use crate::format::FormatError;
+use crate::format::safetensors::{Safetensors, write_safetensors};
+use crate::tensor::Tensor;
+
+/// Name of the file in a job's folder.
+pub const CHECKPOINT_FILE: &str = "checkpoint.safetensors";
+
+/// Under which the state is in the file's metadata.
+const STATE_KEY: &str = "loramux_job_state";
+
+/// Where a job stands, but for its tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobState {
+    /// What must be the same for a job to go on: its resolved configuration, and the hashes of base and data.
+    pub identity: Value,
+    /// Steps done.
+    pub step: u64,
+    /// Of them, those that changed the weights: the `t` of AdamW.
+    pub updates: u64,
+    /// Steps with a gradient that was not finite.
+    pub bad_steps: u64,
+    pub sampler: SamplerState,
+    /// Validation losses by task and evaluation, oldest first.
+    pub validation: Vec<Vec<f64>>,
+    /// Step and mean validation loss of the best evaluation.
+    pub best: Option<(u64, f64)>,
+    /// Evaluations since then.
+    pub since_best: u64,
+    pub affinity: Affinity,
+    /// Bytes of `metrics.jsonl`.
+    pub metrics_bytes: u64,
+    /// Why training ended, when it has.
+    pub outcome: Option<Outcome>,
+    /// Whether the evaluation after the end is done.
+    pub concluded: bool,
+}
+
+/// Cosines between tasks' gradients since they were written last.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Affinity {
+    /// Sums over steps, `[tasks, tasks]`.
+    pub cosines: Vec<Vec<f64>>,
+    pub steps: u64,
+}
+
+impl Affinity {
+    /// Adds a step's.
+    pub fn add(&mut self, cosines: &[Vec<f64>]) {
+        if self.steps == 0 {
+            self.cosines = vec![vec![0.0; cosines.len()]; cosines.len()];
+        }
+        for (sums, row) in self.cosines.iter_mut().zip(cosines) {
+            sums.iter_mut().zip(row).for_each(|(sum, cosine)| *sum += cosine);
+        }
+        self.steps += 1;
+    }
+}
+
+/// How a job ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    #[serde(rename = "finished")]
+    Finished,
+    #[serde(rename = "stopped early")]
+    StoppedEarly,
+    #[serde(rename = "failed")]
+    Failed,
+}
+
+/// A job's tensors, each by pair.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct JobTensors {
+    pub weights: Vec<PairValues>,
+    pub first_moments: Vec<PairValues>,
+    pub second_moments: Vec<PairValues>,
+    /// The weights of the best evaluation, where they are kept.
+    pub best: Option<Vec<PairValues>>,
+}
+
+const PARTS: [&str; 3] = ["weights", "first_moments", "second_moments"];
+const BEST: &str = "best";
+
+/// Writes the checkpoint of the job in `folder`; the previous one stays until this one is whole.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn save(folder: &Path, state: &JobState, tensors: &JobTensors) -> Result<(), FormatError> {
+    let parts = PARTS.into_iter().zip([&tensors.weights, &tensors.first_moments, &tensors.second_moments]);
+    let parts = parts.chain(tensors.best.as_ref().map(|best| (BEST, best)));
+    let mut named = Vec::new();
+    for (part, pairs) in parts {
+        for (index, pair) in pairs.iter().enumerate() {
+            for (name, values) in [("a", &pair.a), ("b", &pair.b), ("magnitude", &pair.magnitude)] {
+                named.push((tensor_name(part, index, name), Tensor::from_f32(vec![values.len()], values)));
+            }
+        }
+    }
+    let state = serde_json::to_string(state).expect("a state is plain data");
+    let metadata = BTreeMap::from([(STATE_KEY.to_owned(), state)]);
+    write_safetensors(&folder.join(CHECKPOINT_FILE), &named, &metadata)
+}
+
+/// The checkpoint in `folder`; `None` where there is none.
+///
+/// # Errors
+/// When it cannot be read or is no checkpoint.
+pub fn load(folder: &Path) -> Result<Option<(JobState, JobTensors)>, FormatError> {
+    let path = folder.join(CHECKPOINT_FILE);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let file = Safetensors::read(&path)?;
+    let refuse = |problem: String| FormatError::Json { path: path.clone(), problem };
+    let text = file.metadata().get(STATE_KEY);
+    let text = text.ok_or_else(|| refuse(format!("its metadata has no `{STATE_KEY}`")))?;
+    let state: JobState = serde_json::from_str(text).map_err(|error| refuse(error.to_string()))?;
+    let part = |part: &str| -> Result<Vec<PairValues>, FormatError> {
+        let mut pairs = Vec::new();
+        while file.contains(&tensor_name(part, pairs.len(), "a")) {
+            let values = |name| -> Result<Vec<f32>, FormatError> {
+                Ok(file.tensor(&tensor_name(part, pairs.len(), name))?.to_f32())
+            };
+            pairs.push(PairValues { a: values("a")?, b: values("b")?, magnitude: values("magnitude")? });
+        }
+        Ok(pairs)
+    };
+    let best = part(BEST)?;
+    let tensors = JobTensors {
+        weights: part(PARTS[0])?,
+        first_moments: part(PARTS[1])?,
+        second_moments: part(PARTS[2])?,
+        best: (!best.is_empty()).then_some(best),
+    };
+    Ok(Some((state, tensors)))
+}
+
+fn tensor_name(part: &str, pair: usize, name: &str) -> String {
+    format!("{part}.{pair}.{name}")
+}

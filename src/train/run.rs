@@ -1,0 +1,673 @@
+//! A whole run: from its configuration to the folders it leaves behind.
+//!
+//! Jobs queue for seats. A seated job is evaluated, trained step by step beside the others, evaluated again, and writes
+//! its results. What fails for one job (a disk that is full, gradients that stay bad) ends that job alone.
+
+use std::collections::{HashMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+
+use super::checkpoint::{self, Affinity, JobState, JobTensors, Outcome};
+use super::config::{AdapterConfig, JobConfig, RunConfig};
+use super::data::{self, DataOptions, Dataset};
+use super::evaluate::{Answerer, score};
+use super::folder::{self, DataEntry, Existing, Found, Lock, Manifest};
+use super::job::{Job, TaskData};
+use super::metrics::{Metrics, StepLine};
+use super::trainer::{Seat, Trainer};
+use super::{TrainError, report};
+use crate::adapter::Adapter;
+use crate::adapter::init::{choose_sites, fresh_adapter};
+use crate::adapter::peft::{Limits, WriteOptions, read_adapter, write_adapter};
+use crate::backend::training::{PairValues, Training};
+use crate::format::FormatError;
+use crate::model::Base;
+
+/// Everything that a run needs before it starts: checked configuration, an open base, data in memory.
+pub struct Run {
+    pub config: RunConfig,
+    pub base: Arc<Base>,
+    /// In the configuration's order.
+    pub jobs: Vec<PreparedJob>,
+    /// What is odd about the data, with file and line.
+    pub warnings: Vec<String>,
+}
+
+/// A job with its data and the adapter that it begins with.
+pub struct PreparedJob {
+    pub config: JobConfig,
+    pub data: Vec<TaskData>,
+    pub template: Adapter,
+    pub lineage: Vec<Value>,
+}
+
+/// What happens in a run, as it happens.
+pub enum Event<'a> {
+    Seated { job: &'a str, total_steps: u64, from_step: u64 },
+    Stepped { line: &'a StepLine },
+    /// `eval` as in `metrics.jsonl`.
+    Evaluated { job: &'a str, step: u64, eval: &'a Value },
+    Note { job: &'a str, text: &'a str },
+    Ended { job: &'a str, result: &'a JobResult },
+}
+
+/// How a job ended.
+#[derive(Clone, Debug)]
+pub struct JobResult {
+    pub name: String,
+    pub outcome: Outcome,
+    pub steps: u64,
+    /// Losses of the first and last step of this run, where there was one.
+    pub losses: Option<(f64, f64)>,
+    /// Tokens computed in this run.
+    pub tokens: u64,
+    /// Why it failed.
+    pub failure: Option<String>,
+    /// Evaluations of step 0 and of the end, as in `metrics.jsonl`.
+    pub evaluations: Vec<(u64, Value)>,
+}
+
+impl Run {
+    /// Opens the base and reads all data.
+    ///
+    /// # Errors
+    /// When anything that the configuration names is absent or not what it should be.
+    pub fn open(config: RunConfig) -> Result<Self, TrainError> {
+        let base = Arc::new(Base::open(&config.model)?);
+        let mut reader = Reader { base: &base, read: HashMap::new(), warnings: Vec::new() };
+        let mut jobs = Vec::new();
+        for job in &config.jobs {
+            jobs.push(reader.prepare(job)?);
+        }
+        let warnings = reader.warnings;
+        Ok(Self { config, base, jobs, warnings })
+    }
+
+    /// Rows that passes have room for: what the configuration says, but room for every sample.
+    pub fn pass_rows(&self) -> usize {
+        let tasks = self.jobs.iter().flat_map(|job| &job.data);
+        let files = tasks.flat_map(|task| [&task.train, &task.valid, &task.test]).flatten();
+        let longest = files.flat_map(|data| &data.samples).map(|sample| sample.tokens.len()).max();
+        self.config.max_tokens_per_step.max(longest.unwrap_or(0))
+    }
+
+    /// Trains all jobs on `backend`. `answerer` generates answers for evaluations; without, losses alone are evaluated.
+    ///
+    /// # Errors
+    /// When results are there already and `existing` does not allow it, or the run as a whole cannot go on. What fails for
+    /// one job is in that job's result.
+    pub fn train<B: Training>(
+        self,
+        backend: B,
+        answerer: Option<&dyn Answerer>,
+        existing: Existing,
+        observer: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Vec<JobResult>, TrainError> {
+        let _lock = Lock::take(&self.config.out)?;
+        let base_hash = self.base.checkpoint.content_hash()?;
+        let rows = self.pass_rows();
+        let mut queue = VecDeque::new();
+        let mut results: Vec<Option<JobResult>> = Vec::new();
+        for (index, job) in self.jobs.into_iter().enumerate() {
+            let folder = self.config.out.join(&job.config.name);
+            match folder::prepare(&folder, existing)? {
+                Found::Ended(manifest) => results.push(Some(ended_before(&job.config.name, &manifest))),
+                Found::Nothing | Found::Begun => {
+                    results.push(None);
+                    queue.push_back(Queued { index, folder, job });
+                }
+            }
+        }
+        let trainer = Trainer::new(backend, Arc::clone(&self.base), rows, self.config.recompute)?;
+        let mut hall = Hall { trainer, answerer, base_hash, model: self.config.model.clone(), observer };
+        let mut seated: Vec<Seated> = Vec::new();
+        let mut turn = 0;
+        while !(queue.is_empty() && seated.is_empty()) {
+            while seated.len() < self.config.max_concurrent_jobs
+                && let Some(queued) = queue.pop_front()
+            {
+                let (index, name) = (queued.index, queued.job.config.name.clone());
+                match hall.seat(queued) {
+                    Ok(job) => seated.push(job),
+                    Err(error) => results[index] = Some(hall.fail(&name, error)?),
+                }
+            }
+            // Who has no batch draws one or leaves.
+            let mut index = 0;
+            while index < seated.len() {
+                let job = &mut seated[index];
+                if job.is_over() || (job.seat.job.batch.is_none() && !job.seat.job.draw()) {
+                    let job = seated.remove(index);
+                    let place = job.index;
+                    results[place] = Some(hall.end(job)?);
+                } else {
+                    index += 1;
+                }
+            }
+            if seated.is_empty() {
+                continue;
+            }
+            // Turns, so that a pass that is full does not keep the last jobs waiting for ever.
+            turn = (turn + 1) % seated.len();
+            let (after, before) = seated.split_at_mut(turn);
+            let mut seats: Vec<&mut Seat> =
+                before.iter_mut().chain(after).map(|job| &mut job.seat).collect();
+            hall.trainer.pass(&mut seats)?;
+            let mut index = 0;
+            while index < seated.len() {
+                let complete = seated[index].seat.job.batch_is_taken();
+                match complete.then(|| hall.step(&mut seated[index])) {
+                    Some(Err(error)) => {
+                        let job = seated.remove(index);
+                        let (place, name) = (job.index, job.seat.job.config.name.clone());
+                        hall.trainer.leave(job.seat)?;
+                        results[place] = Some(hall.fail(&name, error)?);
+                    }
+                    _ => index += 1,
+                }
+            }
+        }
+        Ok(results.into_iter().flatten().collect())
+    }
+}
+
+/// A job that waits for a seat.
+struct Queued {
+    index: usize,
+    folder: PathBuf,
+    job: PreparedJob,
+}
+
+/// A job in training, with what it has to remember and to write.
+struct Seated {
+    /// In the configuration.
+    index: usize,
+    folder: PathBuf,
+    seat: Seat,
+    state: JobState,
+    metrics: Metrics,
+    best: Option<Vec<PairValues>>,
+    lineage: Vec<Value>,
+    use_rslora: bool,
+    losses: Option<(f64, f64)>,
+    tokens: u64,
+    evaluations: Vec<(u64, Value)>,
+}
+
+impl Seated {
+    fn is_over(&self) -> bool {
+        self.state.outcome.is_some()
+    }
+
+    fn name(&self) -> &str {
+        &self.seat.job.config.name
+    }
+}
+
+/// Where jobs sit: the model in training and what is around it.
+struct Hall<'a, B: Training> {
+    trainer: Trainer<B>,
+    answerer: Option<&'a dyn Answerer>,
+    base_hash: String,
+    model: PathBuf,
+    observer: &'a mut dyn FnMut(Event<'_>),
+}
+
+impl<B: Training> Hall<'_, B> {
+    /// Seats a job: anew with an evaluation of what it begins with, or where its checkpoint was.
+    fn seat(&mut self, queued: Queued) -> Result<Seated, TrainError> {
+        let Queued { index, folder, job } = queued;
+        let PreparedJob { config, data, template, lineage } = job;
+        let (dropout, use_rslora) = match &config.adapter {
+            AdapterConfig::Fresh { dropout, use_rslora, .. } => (*dropout, *use_rslora),
+            AdapterConfig::From { dropout, .. } => (*dropout, false),
+        };
+        let identity = identity(&config, &data, &self.base_hash);
+        let mut job = Job::new(config, data);
+        let resumed = checkpoint::load(&folder)?;
+        let (state, tensors) = match resumed {
+            Some((state, tensors)) => {
+                check_identity(&folder, &state.identity, &identity)?;
+                job.resume(&state);
+                (state, Some(tensors))
+            }
+            None => (JobState::new(identity, job.sampler.state(), job.data.len()), None),
+        };
+        let metrics = Metrics::open(&folder, state.metrics_bytes)?;
+        let mut seat = self.trainer.seat(job, template, dropout, tensors.as_ref())?;
+        seat.updates = state.updates;
+        let mut job = Seated {
+            index,
+            folder,
+            state,
+            metrics,
+            best: tensors.and_then(|tensors| tensors.best),
+            lineage,
+            use_rslora,
+            losses: None,
+            tokens: 0,
+            evaluations: Vec::new(),
+            seat,
+        };
+        let (total_steps, from_step) = (job.seat.job.total_steps(), job.state.step);
+        (self.observer)(Event::Seated { job: job.name(), total_steps, from_step });
+        if job.metrics.is_empty()
+            && let Err(error) = self.evaluate(&mut job, true).and_then(|_| Ok(job.metrics.sync()?))
+        {
+            self.trainer.leave(job.seat)?;
+            return Err(error);
+        }
+        Ok(job)
+    }
+
+    /// The optimizer step of a job whose batch is complete, and what is due after it.
+    fn step(&mut self, job: &mut Seated) -> Result<(), TrainError> {
+        let stepped = self.trainer.step(&mut job.seat)?;
+        let line = stepped.line;
+        job.metrics.step(&line)?;
+        (self.observer)(Event::Stepped { line: &line });
+        let config = &job.seat.job.config;
+        let (eval_every, save_every) = (config.eval_every, config.save_every);
+        job.state.step = line.step;
+        job.state.updates = job.seat.updates;
+        job.tokens += line.tokens as u64;
+        job.losses = Some((job.losses.map_or(line.loss, |(first, _)| first), line.loss));
+        if let Some(cosines) = stepped.cosines {
+            job.state.affinity.add(&cosines);
+        }
+        if !line.skipped.is_empty() {
+            job.state.bad_steps += 1;
+            let text = format!("step {}: the gradient is not finite: {}", line.step, line.skipped.join(", "));
+            (self.observer)(Event::Note { job: &line.job, text: &text });
+            if job.state.bad_steps >= config.max_bad_steps {
+                job.state.outcome = Some(Outcome::Failed);
+            }
+        }
+        let is_last = line.step >= job.seat.job.total_steps();
+        if job.state.outcome.is_none() && !is_last && eval_every > 0 && line.step % eval_every == 0 {
+            self.evaluate(job, false)?;
+        }
+        if is_last {
+            job.state.outcome = job.state.outcome.or(Some(Outcome::Finished));
+        }
+        if job.is_over() {
+            return Ok(());
+        }
+        if save_every > 0 && line.step % save_every == 0 {
+            self.save(job)?;
+        }
+        Ok(())
+    }
+
+    /// Evaluates a job's adapter on the validation data of its tasks; at its beginning and end on the test data too.
+    fn evaluate(&mut self, job: &mut Seated, with_test: bool) -> Result<(), TrainError> {
+        let step = job.state.step;
+        self.write_affinity(job, step)?;
+        let tasks = job.seat.job.data.clone();
+        let adapter = match (&self.answerer, job.seat.job.config.eval_max_tokens) {
+            (Some(_), 1..) => Some(self.trainer.adapter(&job.seat)?),
+            _ => None,
+        };
+        let mut losses = Vec::new();
+        for (index, task) in tasks.iter().enumerate() {
+            for (split, data) in [("valid", &task.valid), ("test", &task.test)] {
+                let Some(data) = data.as_ref().filter(|_| split == "valid" || with_test) else { continue };
+                let loss = self.trainer.loss(&job.seat, data)?;
+                if split == "valid" {
+                    losses.push((index, loss));
+                }
+                let mut eval = Map::new();
+                eval.insert("task".into(), json!(task.name));
+                eval.insert("split".into(), json!(split));
+                eval.insert("trained".into(), json!(task.train.is_some()));
+                eval.insert("loss".into(), json!(loss));
+                eval.insert("perplexity".into(), json!(loss.exp()));
+                if let (Some(answerer), Some(adapter)) = (self.answerer, &adapter) {
+                    let asked: Vec<_> =
+                        data.samples.iter().filter(|sample| sample.question.is_some()).collect();
+                    if !asked.is_empty() {
+                        let questions: Vec<_> =
+                            asked.iter().filter_map(|sample| sample.question.as_ref()).collect();
+                        let most = job.seat.job.config.eval_max_tokens;
+                        let answers = answerer.answer(adapter, &questions, most)?;
+                        if let Value::Object(scores) = json!(score(&asked, &answers, &data.classes)) {
+                            eval.extend(scores);
+                        }
+                    }
+                }
+                eval.insert("samples".into(), json!(data.samples.len()));
+                let eval = Value::Object(eval);
+                job.metrics.append(&json!({"job": job.name(), "step": step, "eval": &eval}))?;
+                (self.observer)(Event::Evaluated { job: job.name(), step, eval: &eval });
+                job.evaluations.push((step, eval));
+            }
+        }
+        self.follow(job, &losses)
+    }
+
+    /// The loss of each task that has validation data.
+    fn validation_losses(&mut self, job: &Seated) -> Result<Vec<(usize, f64)>, TrainError> {
+        let mut losses = Vec::new();
+        for (index, task) in job.seat.job.data.iter().enumerate() {
+            if let Some(data) = &task.valid {
+                losses.push((index, self.trainer.loss(&job.seat, data)?));
+            }
+        }
+        Ok(losses)
+    }
+
+    /// Lets validation losses act: on what is drawn and how it weighs, and on whether training goes on.
+    fn follow(&mut self, job: &mut Seated, losses: &[(usize, f64)]) -> Result<(), TrainError> {
+        for &(task, loss) in losses {
+            job.state.validation[task].push(loss);
+        }
+        job.seat.job.follow_validation(&job.state.validation);
+        let trained: Vec<f64> = (losses.iter())
+            .filter(|(task, _)| job.seat.job.data[*task].train.is_some())
+            .map(|&(_, loss)| loss)
+            .collect();
+        let Some(patience) = job.seat.job.config.early_stop.filter(|_| !trained.is_empty()) else {
+            return Ok(());
+        };
+        let mean = trained.iter().sum::<f64>() / trained.len() as f64;
+        if job.state.best.is_none_or(|(_, best)| mean < best) {
+            job.state.best = Some((job.state.step, mean));
+            job.state.since_best = 0;
+            job.best = Some(self.trainer.weights(&job.seat)?);
+        } else {
+            job.state.since_best += 1;
+            if job.state.since_best >= patience {
+                job.state.outcome = Some(Outcome::StoppedEarly);
+            }
+        }
+        Ok(())
+    }
+
+    fn write_affinity(&mut self, job: &mut Seated, step: u64) -> Result<(), TrainError> {
+        let affinity = std::mem::take(&mut job.state.affinity);
+        if affinity.steps == 0 {
+            return Ok(());
+        }
+        let tasks = &job.seat.job.data;
+        let mut pairs = Vec::new();
+        for (i, row) in affinity.cosines.iter().enumerate() {
+            for (j, sum) in row.iter().enumerate().skip(i + 1) {
+                pairs.push(json!([tasks[i].name, tasks[j].name, sum / affinity.steps as f64]));
+            }
+        }
+        let line = json!({"job": job.name(), "step": step, "affinity": pairs});
+        Ok(job.metrics.append(&line)?)
+    }
+
+    /// Writes a checkpoint, and the adapter as it is.
+    fn save(&mut self, job: &mut Seated) -> Result<(), TrainError> {
+        job.metrics.sync()?;
+        job.state.metrics_bytes = job.metrics.len();
+        job.state.sampler = job.seat.job.sampler.state();
+        let tensors = JobTensors { best: job.best.clone(), ..self.trainer.tensors(&job.seat)? };
+        checkpoint::save(&job.folder, &job.state, &tensors)?;
+        self.write_adapter(job)
+    }
+
+    fn write_adapter(&mut self, job: &Seated) -> Result<(), TrainError> {
+        let adapter = self.trainer.adapter(&job.seat)?;
+        let options = WriteOptions { use_rslora: job.use_rslora };
+        let sites = &self.trainer.base().checkpoint.sites().table;
+        Ok(write_adapter(&job.folder, &adapter, sites, options)?)
+    }
+
+    /// Ends a job: its last evaluation, its results, its manifest. Also of one that was resumed after its last step.
+    fn end(&mut self, mut job: Seated) -> Result<JobResult, TrainError> {
+        let name = job.name().to_owned();
+        let result = match self.conclude(&mut job) {
+            Ok(()) => {
+                let result = JobResult {
+                    name: name.clone(),
+                    outcome: job.state.outcome.unwrap_or(Outcome::Finished),
+                    steps: job.state.step,
+                    losses: job.losses,
+                    tokens: job.tokens,
+                    failure: (job.state.outcome == Some(Outcome::Failed)).then(|| {
+                        format!("{} steps had a gradient that is not finite", job.state.bad_steps)
+                    }),
+                    evaluations: std::mem::take(&mut job.evaluations),
+                };
+                (self.observer)(Event::Ended { job: &name, result: &result });
+                result
+            }
+            Err(error) => self.fail(&name, error)?,
+        };
+        self.trainer.leave(job.seat)?;
+        Ok(result)
+    }
+
+    fn conclude(&mut self, job: &mut Seated) -> Result<(), TrainError> {
+        let evaluated = job.state.concluded;
+        if !evaluated {
+            job.state.outcome = job.state.outcome.or(Some(Outcome::Finished));
+            let outcome = job.state.outcome;
+            if outcome != Some(Outcome::Failed) {
+                // The last weights take part in the choice of the best ones.
+                if job.seat.job.config.early_stop.is_some() && outcome != Some(Outcome::StoppedEarly) {
+                    let losses = self.validation_losses(job)?;
+                    self.follow(job, &losses)?;
+                    job.state.outcome = outcome;
+                }
+                if let Some(best) = job.best.clone() {
+                    self.trainer.set_weights(&job.seat, &best)?;
+                }
+                let state = job.state.clone();
+                self.evaluate(job, true)?;
+                // The final evaluation reports; it decides nothing any more.
+                job.state = state;
+            }
+            job.state.concluded = true;
+            self.save(job)?;
+        } else {
+            self.write_adapter(job)?;
+        }
+        let config = &job.seat.job.config;
+        let mut entries = Vec::new();
+        for task in &job.seat.job.data {
+            let splits = [("train", &task.train, 0), ("valid", &task.valid, task.leakage[0]), ("test", &task.test, task.leakage[1])];
+            for (split, data, leakage) in splits {
+                if let Some(data) = data {
+                    entries.push(DataEntry { task: &task.name, split, data, leakage });
+                }
+            }
+        }
+        let manifest = Manifest {
+            job: &config.name,
+            model: &self.model,
+            base_hash: &self.base_hash,
+            config: config.resolved(),
+            seed: config.seed,
+            data: entries,
+            lineage: job.lineage.clone(),
+            steps: job.state.step,
+            bad_steps: job.state.bad_steps,
+            best_step: job.state.best.map(|(step, _)| step),
+            outcome: job.state.outcome.unwrap_or(Outcome::Finished),
+        };
+        folder::write_manifest(&job.folder, &manifest)?;
+        report::write_job_report(&job.folder)?;
+        Ok(())
+    }
+
+    /// The result of a job that failed by itself. An error of the backend is everybody's.
+    fn fail(&mut self, name: &str, error: TrainError) -> Result<JobResult, TrainError> {
+        if matches!(error, TrainError::Backend(_)) {
+            return Err(error);
+        }
+        let result = JobResult {
+            name: name.to_owned(),
+            outcome: Outcome::Failed,
+            steps: 0,
+            losses: None,
+            tokens: 0,
+            failure: Some(error.to_string()),
+            evaluations: Vec::new(),
+        };
+        (self.observer)(Event::Ended { job: name, result: &result });
+        Ok(result)
+    }
+}
+
+impl Job {
+    /// Goes on from a checkpoint.
+    fn resume(&mut self, state: &JobState) {
+        self.step = state.step;
+        self.sampler.restore(&state.sampler);
+        if state.validation.iter().any(|losses| !losses.is_empty()) {
+            self.follow_validation(&state.validation);
+        }
+    }
+}
+
+/// What must be the same for a job to go on.
+fn identity(config: &JobConfig, data: &[TaskData], base_hash: &str) -> Value {
+    let mut keys = config.resolved();
+    // How often a job is saved changes nothing that it computes.
+    if let Some(keys) = keys.as_object_mut() {
+        keys.remove("save_every");
+    }
+    let hashes = |task: &TaskData| {
+        let hash = |data: &Option<Arc<Dataset>>| data.as_ref().map(|data| data.hash.clone());
+        json!([hash(&task.train), hash(&task.valid), hash(&task.test)])
+    };
+    json!({"config": keys, "base": base_hash, "data": data.iter().map(hashes).collect::<Vec<_>>()})
+}
+
+fn check_identity(folder: &Path, found: &Value, wanted: &Value) -> Result<(), TrainError> {
+    let differs = |what: String| TrainError::Changed { folder: folder.to_owned(), what };
+    if found == wanted {
+        return Ok(());
+    }
+    for key in ["base", "data"] {
+        if found[key] != wanted[key] {
+            return Err(differs(format!("the {key} {} others", if key == "base" { "model is" } else { "files are" })));
+        }
+    }
+    let (old, new) = (found["config"].as_object(), wanted["config"].as_object());
+    let keys = new.into_iter().flatten().map(|(key, _)| key).chain(old.into_iter().flatten().map(|(key, _)| key));
+    for key in keys {
+        let (old, new) = (&found["config"][key], &wanted["config"][key]);
+        if old != new {
+            return Err(differs(format!("`{key}` was {old} and is {new}")));
+        }
+    }
+    Err(differs("it was made by another version".to_owned()))
+}
+
+fn ended_before(name: &str, manifest: &Value) -> JobResult {
+    let outcome = serde_json::from_value(manifest["outcome"].clone()).unwrap_or(Outcome::Finished);
+    JobResult {
+        name: name.to_owned(),
+        outcome,
+        steps: manifest["steps"].as_u64().unwrap_or(0),
+        losses: None,
+        tokens: 0,
+        failure: (outcome == Outcome::Failed).then(|| "it failed in an earlier run".to_owned()),
+        evaluations: Vec::new(),
+    }
+}
+
+/// Reads data, each file once.
+struct Reader<'a> {
+    base: &'a Base,
+    read: HashMap<(PathBuf, String), Arc<Dataset>>,
+    warnings: Vec<String>,
+}
+
+impl Reader<'_> {
+    fn prepare(&mut self, config: &JobConfig) -> Result<PreparedJob, TrainError> {
+        let mut tasks = Vec::new();
+        for task in &config.tasks {
+            let options = DataOptions {
+                format: task.format,
+                max_length: config.max_length.min(self.base.config.max_positions),
+                on_overlong: config.on_overlong,
+                packing: config.packing,
+            };
+            let mut file = |path: &Option<PathBuf>| -> Result<Option<Arc<Dataset>>, TrainError> {
+                path.as_ref().map(|path| self.file(path, &options)).transpose()
+            };
+            let (train, valid, test) = (file(&task.train)?, file(&task.valid)?, file(&task.test)?);
+            let leaked = |split: &Option<Arc<Dataset>>| match (&train, split) {
+                (Some(train), Some(split)) => data::leakage(train, split),
+                _ => 0,
+            };
+            let leakage = [leaked(&valid), leaked(&test)];
+            for (count, split) in leakage.into_iter().zip([&task.valid, &task.test]) {
+                if let (1.., Some(path)) = (count, split) {
+                    self.warnings.push(format!("{}: {count} samples are in the training data too", path.display()));
+                }
+            }
+            tasks.push(TaskData { name: task.name.clone(), train, valid, test, leakage });
+        }
+        let (template, lineage) = self.template(config)?;
+        Ok(PreparedJob { config: config.clone(), data: tasks, template, lineage })
+    }
+
+    fn file(&mut self, path: &Path, options: &DataOptions) -> Result<Arc<Dataset>, TrainError> {
+        let key = (path.to_owned(), format!("{options:?}"));
+        if let Some(data) = self.read.get(&key) {
+            return Ok(Arc::clone(data));
+        }
+        let (data, warnings) = data::read_dataset(path, self.base, options)?;
+        self.warnings.extend(warnings.iter().map(ToString::to_string));
+        let data = Arc::new(data);
+        self.read.insert(key, Arc::clone(&data));
+        Ok(data)
+    }
+
+    fn template(&self, config: &JobConfig) -> Result<(Adapter, Vec<Value>), TrainError> {
+        let checkpoint = &self.base.checkpoint;
+        let table = &checkpoint.sites().table;
+        let mut adapter = match &config.adapter {
+            AdapterConfig::Fresh { rank, alpha, targets, use_rslora, use_dora, .. } => {
+                let sites = choose_sites(table, targets)?;
+                fresh_adapter(checkpoint, &sites, *rank, *alpha, *use_rslora, *use_dora, config.seed)?
+            }
+            AdapterConfig::From { folder, .. } => {
+                read_adapter(folder, table, checkpoint, Limits { max_rank: usize::MAX })?
+            }
+        };
+        adapter.base_name = Some(self.base.name.clone());
+        let lineage = match &config.adapter {
+            AdapterConfig::From { folder, .. } => folder::lineage_of(folder)?,
+            AdapterConfig::Fresh { .. } => Vec::new(),
+        };
+        Ok((adapter, lineage))
+    }
+}
+
+impl JobState {
+    /// Of a job that has not begun.
+    fn new(identity: Value, sampler: super::sampling::SamplerState, tasks: usize) -> Self {
+        Self {
+            identity,
+            step: 0,
+            updates: 0,
+            bad_steps: 0,
+            sampler,
+            validation: vec![Vec::new(); tasks],
+            best: None,
+            since_best: 0,
+            affinity: Affinity::default(),
+            metrics_bytes: 0,
+            outcome: None,
+            concluded: false,
+        }
+    }
+}
+
+/// Where a run's own report goes.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_reports(out: &Path) -> Result<(), FormatError> {
+    report::write_run_report(out)
+}
