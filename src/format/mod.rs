@@ -6,6 +6,7 @@
 
 mod atomic;
 mod json;
+mod nearest;
 pub mod safetensors;
 
 use std::fs::File;
@@ -16,6 +17,7 @@ use sha2::{Digest, Sha256};
 
 pub use atomic::{write_atomic, write_text};
 pub use json::{parse_json, parse_text, read_json};
+pub(crate) use nearest::nearest;
 
 /// Why a file could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +87,7 @@ pub fn sha256_file(path: &Path) -> Result<String, FormatError> {
 }
 
 /// Opens a regular file for reading; a folder, pipe or device is refused before it can block.
-fn open_regular(path: &Path) -> Result<File, FormatError> {
+pub(crate) fn open_regular(path: &Path) -> Result<File, FormatError> {
     let metadata = std::fs::metadata(path).map_err(FormatError::io(path, "open"))?;
     if !metadata.is_file() {
         return Err(FormatError::NotAFile { path: path.to_owned() });

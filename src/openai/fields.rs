@@ -9,6 +9,7 @@ use std::ops::RangeInclusive;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use crate::format::nearest;
 
 /// The fields of a request body.
 pub(super) struct Fields<'a> {
@@ -168,30 +169,6 @@ pub(super) fn shorten_to(text: &str, most: usize) -> String {
     }
 }
 
-/// The known name that a typo most likely meant: at most a third of its letters differ.
-fn nearest<'n>(unknown: &str, known: &[&'n str]) -> Option<&'n str> {
-    if unknown.len() > 64 {
-        return None;
-    }
-    let distances = known.iter().map(|name| (edit_distance(unknown, name), *name));
-    distances.min().filter(|(distance, name)| distance * 3 <= name.len()).map(|(_, name)| name)
-}
-
-/// Levenshtein distance in bytes: fewest insertions, deletions and substitutions.
-fn edit_distance(from: &str, to: &str) -> usize {
-    let mut row: Vec<usize> = (0..=to.len()).collect();
-    for (i, a) in from.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, b) in to.bytes().enumerate() {
-            let substituted = diagonal + usize::from(a != b);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[to.len()]
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -214,23 +191,6 @@ mod tests {
         ] {
             assert_eq!(integer(&value), expected, "{value}");
         }
-    }
-
-    #[test]
-    fn a_typo_finds_its_field() {
-        let known = ["temperature", "top_p", "top_k", "max_tokens", "n"];
-        for (typo, expected) in [
-            ("temprature", Some("temperature")),
-            ("Temperature", Some("temperature")),
-            ("maxtokens", Some("max_tokens")),
-            ("topp", Some("top_p")),
-            ("colour", None),
-            ("", None),
-        ] {
-            assert_eq!(nearest(typo, &known), expected, "{typo}");
-        }
-        assert_eq!(edit_distance("kitten", "sitting"), 3);
-        assert_eq!(edit_distance("", "abc"), 3);
     }
 
     #[test]

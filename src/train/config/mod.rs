@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+pub use crate::model::Recompute;
+
 /// A whole run: one base, many jobs. Paths are absolute or relative to the current folder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunConfig {
@@ -20,18 +22,6 @@ pub struct RunConfig {
     pub tensorboard: bool,
     /// In the file's order.
     pub jobs: Vec<JobConfig>,
-}
-
-/// What the backward pass computes again instead of keeping it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Recompute {
-    #[default]
-    None,
-    /// The gate and up products of every block.
-    Mlp,
-    /// All of a block but its input.
-    Block,
 }
 
 /// One adapter to train, with its data and hyperparameters.
