@@ -1,12 +1,42 @@
 //! The configuration of a training run: what `CONFIG.toml` says, checked.
+//!
+//! Tables are `[base]`, `[run]`, `[defaults]`, `[[job]]` and `[[job.task]]`. A job's key that is absent stands in
+//! `[defaults]`, or has a default of its own. Every message names the file, the line, what was found and what was wanted.
+
+mod check;
+mod document;
+mod job;
+mod keys;
+mod notes;
+mod read;
+mod resolved;
+#[cfg(test)]
+mod tests;
+mod words;
 
 use std::path::PathBuf;
 
+use crate::format::FormatError;
+
 pub use crate::model::Recompute;
+
+pub use words::Word;
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// Something in the file.
+    #[error("{}:{line}: {problem}", path.display())]
+    Line { path: PathBuf, line: usize, problem: String },
+}
 
 /// A whole run: one base, many jobs. Paths are absolute or relative to the current folder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunConfig {
+    /// Folder of the file, which paths in it are relative to.
+    pub folder: PathBuf,
     /// Folder of the base model.
     pub model: PathBuf,
     /// `auto`, `cpu`, `cuda` or `cuda:N`, as given.
