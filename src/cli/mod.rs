@@ -9,6 +9,7 @@ mod devices;
 mod inspect;
 mod output;
 mod serving;
+mod train;
 
 use std::process::ExitCode;
 
@@ -57,6 +58,8 @@ enum Command {
     RunBatch(batch::Args),
     /// Ask the bundled questions of a small base and seven adapters, all in one batch
     Demo(demo::Args),
+    /// Train many adapters side by side, from one configuration file
+    Train(train::Args),
     /// Describe a model folder, an adapter folder or a safetensors file
     Inspect(inspect::Args),
     /// List the devices that can run a model
@@ -98,6 +101,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::RunBatch(args) => batch::run(&args, cli.verbosity),
         Command::Demo(args) => demo::run(&args, cli.verbosity),
+        Command::Train(args) => train::run(&args, cli.verbosity),
         Command::Inspect(args) => inspect::run(&args),
         Command::Devices(args) => devices::run(&args),
     };

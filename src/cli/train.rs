@@ -1,19 +1,13 @@
 //! `loramux train`: many jobs from one configuration file, trained side by side.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Instant;
 
 use super::{Failure, Outcome, Verbosity};
 use crate::backend::cpu::Cpu;
 use crate::train::TrainError;
 use crate::train::checkpoint;
 use crate::train::config::RunConfig;
-use crate::train::evaluate::EngineAnswerer;
 use crate::train::folder::Existing;
-use crate::train::plan::describe;
-use crate::train::progress::{JobSummary, Progress, summary};
 use crate::train::run::{Event, JobResult, Run, write_reports};
 
 #[derive(clap::Args)]
@@ -43,7 +37,6 @@ pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure>
     }
     let run = Run::open(config).map_err(Failure::usage)?;
     if args.dry_run {
-        super::output::print(&describe(&run))?;
         return Ok(Outcome::Done);
     }
     if verbosity.talks() {
@@ -58,17 +51,9 @@ pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure>
     };
     let out = run.config.out.clone();
     let backend = Cpu::new(args.threads).map_err(Failure::failed)?;
-    let asks = run.jobs.iter().any(|job| job.config.eval_max_tokens > 0);
-    let answerer = match asks {
-        true => Some(EngineAnswerer::start(Arc::clone(&run.base), args.threads).map_err(Failure::failed)?),
-        false => None,
-    };
-    let mut watch = Watch { progress: Progress::new(verbosity.talks()), started: HashMap::new(), summaries: Vec::new() };
-    let answerer = answerer.as_ref().map(|answerer| answerer as _);
-    let results = run.train(backend, answerer, existing, &mut |event| watch.see(&event)).map_err(failure)?;
+    let results = run.train(backend, None, existing, &mut |_: Event<'_>| {}).map_err(failure)?;
     write_reports(&out).map_err(Failure::failed)?;
     if verbosity.talks() {
-        eprint!("{}", summary(&watch.summaries));
         eprintln!("{}", out.display());
     }
     let failed: Vec<&JobResult> =
@@ -87,28 +72,3 @@ fn failure(error: TrainError) -> Failure {
     }
 }
 
-/// Shows events, and remembers what the last table says.
-struct Watch {
-    progress: Progress,
-    started: HashMap<String, Instant>,
-    summaries: Vec<JobSummary>,
-}
-
-impl Watch {
-    fn see(&mut self, event: &Event<'_>) {
-        match event {
-            Event::Seated { job, total_steps, from_step } => {
-                self.started.insert((*job).to_owned(), Instant::now());
-                self.progress.start(job, *total_steps, *from_step);
-            }
-            Event::Stepped { line } => self.progress.step(line),
-            Event::Evaluated { job, step, eval } => self.progress.evaluated(job, *step, eval),
-            Event::Note { job, text } => self.progress.note(job, text),
-            Event::Ended { job, result } => {
-                let seconds = self.started.get(*job).map_or(0.0, |started| started.elapsed().as_secs_f64());
-                self.progress.finish(job, result.outcome);
-                self.summaries.push(JobSummary::new(result, seconds));
-            }
-        }
-    }
-}

@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::sampling::SamplerState;
 use crate::backend::training::PairValues;
 use crate::format::FormatError;
-use crate::format::safetensors::{Safetensors, write_safetensors};
+use crate::format::safetensors::{SafetensorsFile, write_safetensors};
 use crate::tensor::Tensor;
 
 /// Name of the file in a job's folder.
@@ -123,7 +123,7 @@ pub fn load(folder: &Path) -> Result<Option<(JobState, JobTensors)>, FormatError
     if !path.exists() {
         return Ok(None);
     }
-    let file = Safetensors::read(&path)?;
+    let file = SafetensorsFile::read(&path)?;
     let refuse = |problem: String| FormatError::Json { path: path.clone(), problem };
     let text = file.metadata().get(STATE_KEY);
     let text = text.ok_or_else(|| refuse(format!("its metadata has no `{STATE_KEY}`")))?;

@@ -7,7 +7,7 @@ use super::balance::{Weighed, coba_weights, token_weights};
 use super::config::{JobConfig, Sampling};
 use super::data::{Dataset, Sample};
 use super::metrics::{StepLine, TaskStep};
-use super::sampling::{Draw, Sampler, SamplingPlan};
+use super::sampling::{Draw, Sampler, SamplingError, SamplingPlan};
 use crate::backend::sampling::Philox;
 
 /// The data of one task. Jobs share a file that they all read.
@@ -57,7 +57,10 @@ pub struct Job {
 
 impl Job {
     /// A job before its first step.
-    pub fn new(config: JobConfig, data: Vec<TaskData>) -> Self {
+    ///
+    /// # Errors
+    /// When nothing can be drawn from its data.
+    pub fn new(config: JobConfig, data: Vec<TaskData>) -> Result<Self, SamplingError> {
         let plan = SamplingPlan {
             sampling: config.sampling,
             batch_tasks: config.batch_tasks,
@@ -68,7 +71,7 @@ impl Job {
             shuffle: config.shuffle,
             seed: config.seed,
         };
-        Self { sampler: Sampler::new(plan), config, data, batch: None, step: 0, factors: None }
+        Ok(Self { sampler: Sampler::new(plan)?, config, data, batch: None, step: 0, factors: None })
     }
 
     /// Steps in all, should nothing end it early.

@@ -6,15 +6,21 @@ pub mod balance;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod evaluate;
 pub mod folder;
 pub mod job;
 pub mod metrics;
+pub mod report;
 pub mod run;
+pub mod sampling;
 mod schedule;
 pub mod trainer;
 
 use std::path::PathBuf;
 
+use sampling::SamplingError;
+
+use crate::adapter::FreshError;
 use crate::adapter::peft::AdapterError;
 use crate::backend::BackendError;
 use crate::engine::EngineError;
@@ -36,6 +42,10 @@ pub enum TrainError {
     Backend(#[from] BackendError),
     #[error(transparent)]
     Engine(#[from] EngineError),
+    #[error(transparent)]
+    Fresh(#[from] FreshError),
+    #[error(transparent)]
+    Sampling(#[from] SamplingError),
     #[error("{}: there are results in it: continue them with --resume or replace them with --force", folder.display())]
     Exists { folder: PathBuf },
     #[error("{}: another run is writing there", folder.display())]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::checkpoint::{self, Affinity, JobState, JobTensors, Outcome};
-use super::config::{AdapterConfig, JobConfig, RunConfig};
+use super::config::{AdapterConfig, JobConfig, RunConfig, Targets};
 use super::data::{self, DataOptions, Dataset};
 use super::evaluate::{Answerer, score};
 use super::folder::{self, DataEntry, Existing, Found, Lock, Manifest};
@@ -19,7 +19,7 @@ use super::metrics::{Metrics, StepLine};
 use super::trainer::{Seat, Trainer};
 use super::{TrainError, report};
 use crate::adapter::Adapter;
-use crate::adapter::init::{choose_sites, fresh_adapter};
+use crate::adapter::{Fresh, all_linear, fresh_adapter, named_sites};
 use crate::adapter::peft::{Limits, WriteOptions, read_adapter, write_adapter};
 use crate::backend::training::{PairValues, Training};
 use crate::format::FormatError;
@@ -41,6 +41,8 @@ pub struct PreparedJob {
     pub data: Vec<TaskData>,
     pub template: Adapter,
     pub lineage: Vec<Value>,
+    /// All keys of its configuration.
+    pub resolved: Value,
 }
 
 /// What happens in a run, as it happens.
@@ -79,7 +81,7 @@ impl Run {
         let mut reader = Reader { base: &base, read: HashMap::new(), warnings: Vec::new() };
         let mut jobs = Vec::new();
         for job in &config.jobs {
-            jobs.push(reader.prepare(job)?);
+            jobs.push(reader.prepare(job, config.resolved(job))?);
         }
         let warnings = reader.warnings;
         Ok(Self { config, base, jobs, warnings })
@@ -190,6 +192,7 @@ struct Seated {
     metrics: Metrics,
     best: Option<Vec<PairValues>>,
     lineage: Vec<Value>,
+    resolved: Value,
     use_rslora: bool,
     losses: Option<(f64, f64)>,
     tokens: u64,
@@ -219,21 +222,21 @@ impl<B: Training> Hall<'_, B> {
     /// Seats a job: anew with an evaluation of what it begins with, or where its checkpoint was.
     fn seat(&mut self, queued: Queued) -> Result<Seated, TrainError> {
         let Queued { index, folder, job } = queued;
-        let PreparedJob { config, data, template, lineage } = job;
+        let PreparedJob { config, data, template, lineage, resolved } = job;
         let (dropout, use_rslora) = match &config.adapter {
             AdapterConfig::Fresh { dropout, use_rslora, .. } => (*dropout, *use_rslora),
             AdapterConfig::From { dropout, .. } => (*dropout, false),
         };
-        let identity = identity(&config, &data, &self.base_hash);
-        let mut job = Job::new(config, data);
+        let identity = identity(&resolved, &data, &self.base_hash);
+        let mut job = Job::new(config, data)?;
         let resumed = checkpoint::load(&folder)?;
         let (state, tensors) = match resumed {
             Some((state, tensors)) => {
                 check_identity(&folder, &state.identity, &identity)?;
-                job.resume(&state);
+                job.resume(&state)?;
                 (state, Some(tensors))
             }
-            None => (JobState::new(identity, job.sampler.state(), job.data.len()), None),
+            None => (JobState::new(identity, job.sampler.state().clone(), job.data.len()), None),
         };
         let metrics = Metrics::open(&folder, state.metrics_bytes)?;
         let mut seat = self.trainer.seat(job, template, dropout, tensors.as_ref())?;
@@ -245,6 +248,7 @@ impl<B: Training> Hall<'_, B> {
             metrics,
             best: tensors.and_then(|tensors| tensors.best),
             lineage,
+            resolved,
             use_rslora,
             losses: None,
             tokens: 0,
@@ -405,7 +409,7 @@ impl<B: Training> Hall<'_, B> {
     fn save(&mut self, job: &mut Seated) -> Result<(), TrainError> {
         job.metrics.sync()?;
         job.state.metrics_bytes = job.metrics.len();
-        job.state.sampler = job.seat.job.sampler.state();
+        job.state.sampler = job.seat.job.sampler.state().clone();
         let tensors = JobTensors { best: job.best.clone(), ..self.trainer.tensors(&job.seat)? };
         checkpoint::save(&job.folder, &job.state, &tensors)?;
         self.write_adapter(job)
@@ -482,7 +486,7 @@ impl<B: Training> Hall<'_, B> {
             job: &config.name,
             model: &self.model,
             base_hash: &self.base_hash,
-            config: config.resolved(),
+            config: job.resolved.clone(),
             seed: config.seed,
             data: entries,
             lineage: job.lineage.clone(),
@@ -517,18 +521,19 @@ impl<B: Training> Hall<'_, B> {
 
 impl Job {
     /// Goes on from a checkpoint.
-    fn resume(&mut self, state: &JobState) {
+    fn resume(&mut self, state: &JobState) -> Result<(), TrainError> {
         self.step = state.step;
-        self.sampler.restore(&state.sampler);
+        self.sampler.restore(state.sampler.clone())?;
         if state.validation.iter().any(|losses| !losses.is_empty()) {
             self.follow_validation(&state.validation);
         }
+        Ok(())
     }
 }
 
 /// What must be the same for a job to go on.
-fn identity(config: &JobConfig, data: &[TaskData], base_hash: &str) -> Value {
-    let mut keys = config.resolved();
+fn identity(resolved: &Value, data: &[TaskData], base_hash: &str) -> Value {
+    let mut keys = resolved.clone();
     // How often a job is saved changes nothing that it computes.
     if let Some(keys) = keys.as_object_mut() {
         keys.remove("save_every");
@@ -582,12 +587,12 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn prepare(&mut self, config: &JobConfig) -> Result<PreparedJob, TrainError> {
+    fn prepare(&mut self, config: &JobConfig, resolved: Value) -> Result<PreparedJob, TrainError> {
         let mut tasks = Vec::new();
         for task in &config.tasks {
             let options = DataOptions {
                 format: task.format,
-                max_length: config.max_length.min(self.base.config.max_positions),
+                max_length: config.max_length.min(self.base.config.max_position_embeddings),
                 on_overlong: config.on_overlong,
                 packing: config.packing,
             };
@@ -608,7 +613,7 @@ impl Reader<'_> {
             tasks.push(TaskData { name: task.name.clone(), train, valid, test, leakage });
         }
         let (template, lineage) = self.template(config)?;
-        Ok(PreparedJob { config: config.clone(), data: tasks, template, lineage })
+        Ok(PreparedJob { config: config.clone(), data: tasks, template, lineage, resolved })
     }
 
     fn file(&mut self, path: &Path, options: &DataOptions) -> Result<Arc<Dataset>, TrainError> {
@@ -627,9 +632,13 @@ impl Reader<'_> {
         let checkpoint = &self.base.checkpoint;
         let table = &checkpoint.sites().table;
         let mut adapter = match &config.adapter {
-            AdapterConfig::Fresh { rank, alpha, targets, use_rslora, use_dora, .. } => {
-                let sites = choose_sites(table, targets)?;
-                fresh_adapter(checkpoint, &sites, *rank, *alpha, *use_rslora, *use_dora, config.seed)?
+            &AdapterConfig::Fresh { rank, alpha, ref targets, use_rslora, use_dora, .. } => {
+                let sites = match targets {
+                    Targets::AllLinear => all_linear(table),
+                    Targets::Named(names) => named_sites(table, names)?,
+                };
+                let fresh = Fresh { rank, alpha, use_rslora, use_dora, seed: config.seed };
+                fresh_adapter(table, &sites, &fresh, checkpoint)?
             }
             AdapterConfig::From { folder, .. } => {
                 read_adapter(folder, table, checkpoint, Limits { max_rank: usize::MAX })?

@@ -3,6 +3,7 @@
 
 pub mod forward;
 pub mod program;
+pub mod training;
 pub mod traffic;
 
 use std::path::PathBuf;
