@@ -5,6 +5,7 @@
 //! that goes to disk appears whole or not at all.
 
 mod atomic;
+mod describe;
 mod json;
 mod nearest;
 pub mod safetensors;
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 pub use atomic::{write_atomic, write_text};
+pub(crate) use describe::{describe, shorten, shorten_to};
 pub use json::{parse_json, parse_text, read_json};
 pub(crate) use nearest::nearest;
 
