@@ -3,6 +3,7 @@
 mod case;
 #[path = "../common/mod.rs"]
 mod common;
+mod finite_differences;
 mod trainer;
 
 use case::{Case, Differences, Job, SIGNS, cases};
