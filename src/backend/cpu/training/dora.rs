@@ -27,7 +27,7 @@ pub(super) fn rescale(isa: Isa, pair: &TrainedPair, weight: &Tensor, dora: &mut 
     dora.norms.resize(out, 0.0);
     dora.column_scale.resize(out, 0.0);
     let (norms, scales) = (Shared::new(dora.norms.as_mut_ptr()), Shared::new(dora.column_scale.as_mut_ptr()));
-    let magnitude = &pair.weights[pair.magnitude_range()];
+    let magnitude = &pair.weights[pair.b_range().end..];
     let blocks: Vec<Range<usize>> = blocks(0..out, NORM_ROWS).collect();
     parallel_for(blocks.len(), out * k * (pair.rank + 1), |index| {
         let rows = blocks[index].clone();
