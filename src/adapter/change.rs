@@ -108,10 +108,10 @@ impl SiteAdapter {
 }
 
 /// Rows of a stored matrix, widened one at a time: a large weight is never copied whole.
-struct RowsOf<'a>(&'a Tensor);
+pub(super) struct RowsOf<'a>(pub &'a Tensor);
 
 impl RowsOf<'_> {
-    fn row(&self, row: usize) -> Vec<f32> {
+    pub fn row(&self, row: usize) -> Vec<f32> {
         let width = self.0.shape()[1];
         let size = width * self.0.dtype().size();
         let bytes = self.0.bytes().slice(row * size..(row + 1) * size);

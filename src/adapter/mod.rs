@@ -1,12 +1,14 @@
 //! Adapters: trained low-rank changes to a base.
 
 mod change;
+mod init;
 pub mod peft;
 mod site;
 mod store;
 
 use crate::tensor::Tensor;
 
+pub use init::{Fresh, FreshError, all_linear, fresh_adapter, named_sites};
 pub use site::{Site, SiteKind, SiteTable};
 pub use store::{AdapterStore, StoreError};
 

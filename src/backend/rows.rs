@@ -81,6 +81,16 @@ impl Gates {
         &self.values[start..start + width]
     }
 
+    /// All gates: row after row, one per expert of the row's run.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Where in [`values`](Self::values) the gates of the run's first row start; those of its other rows follow.
+    pub fn first_value(&self, run: &GateRun) -> usize {
+        run.values
+    }
+
     /// The gates of some of these rows (`picked` ascending), into `to`.
     pub fn pick(&self, picked: &[u32], to: &mut Gates) {
         to.clear();

@@ -10,6 +10,8 @@
 //! forward pass kept it, `dg = s · (A x) · (Bᵀ dy)`. DoRA (Liu et al. 2024, section 4.3) takes the norm in
 //! `c = m / ‖W + s B A‖` for a constant; its low-rank part is scaled by `c` too, and `dm = Σ dy ⊙ (W x + s B A x) / ‖…‖`.
 
+use std::ops::Range;
+
 use super::{AttentionShape, Backend, BackendError, Gates, HeadNorms, Rows, SitePlace, Write};
 
 /// The parameters of one pair, or as many numbers that belong to them: gradients, moments.
@@ -215,12 +217,13 @@ pub trait Training: Backend {
         learning: &mut Learning<'_, Self>,
     ) -> Result<(), BackendError>;
 
-    /// `y[picked[i]] = x[i]`, and 0 in all other of the first `rows` rows.
+    /// `y[picked[i]] = x[i]`, and 0 in all other rows of `span`, which holds the picked ones. The operations after this
+    /// are about all rows of the step again.
     fn scatter_rows(
         &mut self,
         x: &Self::Buffer,
         picked: &[u32],
-        rows: usize,
+        span: Range<usize>,
         y: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 

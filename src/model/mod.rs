@@ -9,6 +9,7 @@ pub mod family;
 pub mod rope;
 mod sites;
 pub mod tokenizer;
+pub mod training;
 pub mod transformer;
 
 pub use base::{Base, BaseError};
@@ -20,6 +21,7 @@ pub use family::Family;
 pub use rope::{RopeConfig, RopeScaling};
 pub use sites::{BlockNorms, BlockSites, ModelSites};
 pub use tokenizer::{Tokenizer, TokenizerError};
+pub use training::{LearningBatch, Recompute, RowTarget, Tape, TapeSize};
 pub use transformer::{AdapterLoader, Transformer, Weights, Workspace, WorkspaceSize};
 
 use crate::format::FormatError;
@@ -50,6 +52,10 @@ pub enum ModelError {
     /// A tensor's shape is not what the configuration calls for.
     #[error("{place}: tensor `{tensor}` has shape {found:?}; config.json calls for {wanted:?}")]
     Shape { place: String, tensor: String, found: Vec<usize>, wanted: Vec<usize> },
+
+    /// An adapter has something that cannot be trained.
+    #[error("the adapter cannot be trained: {problem}")]
+    Untrainable { problem: String },
 
     /// The backend could not take the weights.
     #[error(transparent)]

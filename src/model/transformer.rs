@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use super::sites::{BlockNorms, BlockSites};
+use super::training::Depth;
 use super::{ModelConfig, ModelError, ModelSites};
 use crate::adapter::Adapter;
 use crate::backend::{
@@ -28,18 +29,20 @@ pub trait Weights {
 /// A frozen model on a backend, with the experts resident at its sites.
 pub struct Transformer<B: Backend> {
     /// Shared with its workspaces alone.
-    identity: Arc<()>,
-    positions: usize,
-    config: ModelConfig,
-    shape: AttentionShape,
-    embed_tokens: B::Table,
-    groups: Vec<B::Group>,
+    pub(super) identity: Arc<()>,
+    pub(super) positions: usize,
+    pub(super) config: ModelConfig,
+    pub(super) shape: AttentionShape,
+    pub(super) embed_tokens: B::Table,
+    pub(super) groups: Vec<B::Group>,
     /// By site id.
-    places: Vec<SitePlace>,
-    blocks: Vec<Block<B>>,
-    final_norm: B::Vector,
-    lm_head: usize,
-    rotary: B::Rotary,
+    pub(super) places: Vec<SitePlace>,
+    pub(super) blocks: Vec<Block<B>>,
+    pub(super) final_norm: B::Vector,
+    pub(super) lm_head: usize,
+    pub(super) rotary: B::Rotary,
+    /// By slot, the lowest that the trainee there adapts.
+    pub(super) trained_from: Vec<Depth>,
 }
 
 /// Lays out adapters for a transformer; see [`Transformer::loader`].
@@ -61,15 +64,15 @@ impl<B: Backend> AdapterLoader<B> {
 }
 
 /// One decoder block, with the numbers of its groups.
-struct Block<B: Backend> {
-    attention_norm: B::Vector,
-    attention_in: usize,
-    head_norms: Option<(B::Vector, B::Vector)>,
-    attention_out: usize,
-    mlp_norm: B::Vector,
-    mlp_in: usize,
-    mlp_out: usize,
-    window: Option<usize>,
+pub(super) struct Block<B: Backend> {
+    pub attention_norm: B::Vector,
+    pub attention_in: usize,
+    pub head_norms: Option<(B::Vector, B::Vector)>,
+    pub attention_out: usize,
+    pub mlp_norm: B::Vector,
+    pub mlp_in: usize,
+    pub mlp_out: usize,
+    pub window: Option<usize>,
 }
 
 /// A transformer in the making.
@@ -200,6 +203,7 @@ impl<B: Backend> Transformer<B> {
             embed_tokens: backend.table(embedding)?,
             groups,
             places,
+            trained_from: Vec::new(),
             blocks,
             final_norm,
             lm_head,

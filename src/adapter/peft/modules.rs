@@ -122,7 +122,7 @@ impl Selection {
 }
 
 /// Whether `name` is `module` or its last components.
-pub(super) fn is_path_suffix(name: &str, module: &str) -> bool {
+pub(in crate::adapter) fn is_path_suffix(name: &str, module: &str) -> bool {
     module.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 

@@ -48,6 +48,11 @@ impl Experts {
         self.slots[slot] = Some(expert);
     }
 
+    /// Takes the content of a slot, which is empty then.
+    pub(super) fn take(&mut self, slot: usize) -> Option<Change> {
+        self.slots.get_mut(slot).and_then(Option::take).map(|expert| expert.0)
+    }
+
     pub(super) fn unload(&mut self, slot: usize) {
         if let Some(entry) = self.slots.get_mut(slot) {
             *entry = None;
@@ -88,6 +93,27 @@ impl LowRank {
             scale: weights.scale,
             bias: weights.bias.clone(),
             column_scale: weights.column_scale.clone(),
+        }
+    }
+
+    /// A pair whose A lies in `a` `[rank, in]`; B is to be [set](Self::set_b).
+    pub(super) fn with_a(a: Tensor, out_features: usize, scale: f32) -> Self {
+        let rank = a.shape()[0];
+        let b = vec![0; rank.div_ceil(CHUNK) * out_features * CHUNK * DType::F32.size()];
+        Self { a, rank, b, b_dtype: DType::F32, scale, bias: None, column_scale: None }
+    }
+
+    /// Replaces B by the transpose of `[rank, out]`, output `n` times `scales[n]` where there are scales.
+    pub(super) fn set_b(&mut self, transposed: &[f32], scales: Option<&[f32]>) {
+        let out_features = transposed.len() / self.rank;
+        let chunks = self.b.as_chunks_mut::<4>().0.chunks_exact_mut(out_features * CHUNK);
+        for (chunk, ranks) in chunks.zip(transposed.chunks(out_features * CHUNK)) {
+            for (rank, column) in ranks.chunks_exact(out_features).enumerate() {
+                for (n, value) in column.iter().enumerate() {
+                    let value = scales.map_or(*value, |scales| value * scales[n]);
+                    chunk[n * CHUNK + rank] = value.to_le_bytes();
+                }
+            }
         }
     }
 

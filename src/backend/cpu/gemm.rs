@@ -261,7 +261,7 @@ unsafe fn compute_tile<S: Simd, E: Element, const ROWS: usize, const COLUMNS: us
                 }
             }
         }
-        let x = block.x.add(tile.row * block.x_stride + tile.k);
+        let x = block.x.wrapping_add(tile.row * block.x_stride + tile.k);
         let depth = tile.depth;
         let mut k = 0;
         while k + S::LANES <= depth {

@@ -6,7 +6,7 @@ use super::experts::{Change, LowRank};
 use super::gemm::{Block, ChunkB, Correction, RunTerms, Terms, compute_block};
 use super::parallel::{Shared, parallel_for};
 use super::{Buffer, Cpu, Site};
-use crate::backend::{CHUNK, Gates, Write};
+use crate::backend::{CHUNK, GateRun, Gates, Write};
 use crate::tensor::DType;
 
 /// Rows of a block of the product: with K_BLOCK columns of X this takes 192 KiB of L2.
@@ -31,6 +31,8 @@ unsafe impl Send for Workspace {}
 /// One chunk of V: `V[rows, 16] = gate · scale · X A_chunkᵀ`.
 struct Shrink {
     rows: Range<usize>,
+    /// Row 0 of X. Wraps: a copy may hold the run's rows alone.
+    x: *const f32,
     a: *const u8,
     dtype: DType,
     k: usize,
@@ -59,6 +61,25 @@ unsafe impl Sync for Task {}
 unsafe impl Sync for Terms {}
 
 pub(super) fn linear(cpu: &mut Cpu, sites: &[Site], x: &Buffer, gates: &Gates, write: Write, y: &mut Buffer) {
+    let mut v = std::mem::take(&mut cpu.workspace.v);
+    let input = x.data.as_ptr();
+    linear_with(cpu, sites, x, gates, write, y, &mut v, |_, _, _| input);
+    cpu.workspace.v = v;
+}
+
+/// [`linear`] that leaves V in `v`: site after site, run after run, `[rows, chunks, 16]`. A site's expert, by its index
+/// in a run, reads rows that start at `ranks_input(site, run, expert)` (where row 0 would lie).
+#[expect(clippy::too_many_arguments, reason = "the operation's own arguments")]
+pub(super) fn linear_with(
+    cpu: &mut Cpu,
+    sites: &[Site],
+    x: &Buffer,
+    gates: &Gates,
+    write: Write,
+    y: &mut Buffer,
+    v: &mut Vec<f32>,
+    ranks_input: impl Fn(usize, &GateRun, usize) -> *const f32,
+) {
     let rows = gates.rows();
     assert!(x.data.len() >= rows * x.width && y.data.len() >= rows * y.width, "rows exceed the buffers");
     assert_eq!(y.width, sites.iter().map(|site| site.experts.out_features).sum::<usize>(), "output width");
@@ -66,14 +87,15 @@ pub(super) fn linear(cpu: &mut Cpu, sites: &[Site], x: &Buffer, gates: &Gates, w
         return;
     }
     let mut workspace = std::mem::take(&mut cpu.workspace);
-    let Workspace { terms, v, shrinks, tasks } = &mut workspace;
+    let Workspace { terms, shrinks, tasks, .. } = &mut workspace;
     terms.resize_with(sites.len().max(terms.len()), Terms::default);
     shrinks.clear();
     tasks.clear();
     let mut v_len = 0;
     for (index, site) in sites.iter().enumerate() {
         assert_eq!(site.experts.in_features, x.width, "input width");
-        list_terms(site, gates, &mut terms[index], shrinks, &mut v_len);
+        let input = |run: &GateRun, expert| ranks_input(index, run, expert);
+        list_terms(site, gates, &mut terms[index], shrinks, &mut v_len, input);
         list_tasks(index, site, gates, tasks);
     }
     if v.len() < v_len {
@@ -85,7 +107,7 @@ pub(super) fn linear(cpu: &mut Cpu, sites: &[Site], x: &Buffer, gates: &Gates, w
     let work = shrinks.iter().map(|shrink| shrink.rows.len() * shrink.k * CHUNK).sum();
     parallel_for(shrinks.len(), work, |index| {
         // SAFETY: every shrink writes its own rows and ranks of V; the sizes were laid out by `list_terms`.
-        unsafe { run_shrink(isa, &shrinks[index], input.get(), x.width, ranks.get()) };
+        unsafe { run_shrink(isa, &shrinks[index], ranks.get()) };
     });
     let output = Shared::new(y.data.as_mut_ptr());
     let (width, terms) = (y.width, &*terms);
@@ -117,7 +139,14 @@ pub(super) fn linear(cpu: &mut Cpu, sites: &[Site], x: &Buffer, gates: &Gates, w
 }
 
 /// Lists the chunks and corrections of every run at one site, and the shrinks that make their V.
-fn list_terms(site: &Site, gates: &Gates, terms: &mut Terms, shrinks: &mut Vec<Shrink>, v_len: &mut usize) {
+fn list_terms(
+    site: &Site,
+    gates: &Gates,
+    terms: &mut Terms,
+    shrinks: &mut Vec<Shrink>,
+    v_len: &mut usize,
+    input: impl Fn(&GateRun, usize) -> *const f32,
+) {
     terms.runs.clear();
     terms.chunks.clear();
     terms.corrections.clear();
@@ -135,6 +164,7 @@ fn list_terms(site: &Site, gates: &Gates, terms: &mut Terms, shrinks: &mut Vec<S
                 let v_stride = chunks * CHUNK;
                 let v = *v_len + (terms.chunks.len() - first_chunk) * CHUNK;
                 list_shrinks(expert, chunk, run.rows.clone(), shrinks, |shrink| {
+                    shrink.x = input(run, index);
                     shrink.gate = row_gates.wrapping_add(index).wrapping_sub(run.rows.start * experts.len());
                     shrink.gate_stride = experts.len();
                     shrink.v = v.wrapping_sub(run.rows.start * v_stride);
@@ -165,7 +195,7 @@ fn list_terms(site: &Site, gates: &Gates, terms: &mut Terms, shrinks: &mut Vec<S
     }
 }
 
-/// One chunk's shrinks, a block of rows each; `place` fills in where gates and V lie.
+/// One chunk's shrinks, a block of rows each; `place` fills in where X, gates and V lie.
 fn list_shrinks(
     expert: &LowRank,
     chunk: usize,
@@ -179,6 +209,7 @@ fn list_shrinks(
     for rows in blocks(rows, ROW_BLOCK) {
         let mut shrink = Shrink {
             rows,
+            x: std::ptr::null(),
             a,
             dtype,
             k,
@@ -194,10 +225,10 @@ fn list_shrinks(
     }
 }
 
-unsafe fn run_shrink(isa: super::Isa, shrink: &Shrink, x: *const f32, x_stride: usize, v: *mut f32) {
+unsafe fn run_shrink(isa: super::Isa, shrink: &Shrink, v: *mut f32) {
     let block = Block {
-        x,
-        x_stride,
+        x: shrink.x,
+        x_stride: shrink.k,
         w: shrink.a,
         dtype: shrink.dtype,
         k: shrink.k,
@@ -255,7 +286,7 @@ fn list_tasks(index: usize, site: &Site, gates: &Gates, tasks: &mut Vec<Task>) {
 }
 
 /// Consecutive ranges of at most `size`.
-fn blocks(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn blocks(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
     range.clone().step_by(size).map(move |start| start..(start + size).min(range.end))
 }
 
@@ -282,7 +313,7 @@ pub(super) fn embed(table: &Site, rows: &crate::backend::Rows, y: &mut Buffer) {
 }
 
 /// One stored element as f32.
-fn element(bytes: &[u8], index: usize, dtype: DType) -> f32 {
+pub(super) fn element(bytes: &[u8], index: usize, dtype: DType) -> f32 {
     let at = index * dtype.size();
     let half = |at: usize| [bytes[at], bytes[at + 1]];
     match dtype {

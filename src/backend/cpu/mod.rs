@@ -9,6 +9,7 @@ mod linear;
 mod parallel;
 pub(super) mod sampling;
 pub mod simd;
+mod training;
 
 use std::sync::Arc;
 
@@ -23,6 +24,7 @@ pub use experts::Expert;
 use experts::Experts;
 pub use kv_cache::KvCache;
 pub use simd::Isa;
+pub use training::{Ranks, Trainee};
 
 /// A processor: its instruction set and a pool of threads.
 pub struct Cpu {
@@ -31,6 +33,7 @@ pub struct Cpu {
     workspace: linear::Workspace,
     gate_up: Buffer,
     pieces: attention::Pieces,
+    training: training::Workspace,
 }
 
 impl Cpu {
@@ -55,6 +58,7 @@ impl Cpu {
             workspace: Default::default(),
             gate_up: Buffer::default(),
             pieces: Vec::new(),
+            training: Default::default(),
         })
     }
 

@@ -18,6 +18,7 @@ use std::path::PathBuf;
 
 use crate::format::FormatError;
 
+pub use crate::model::Recompute;
 pub use words::Word;
 
 /// Why a configuration was refused.
@@ -50,18 +51,6 @@ pub struct RunConfig {
     pub tensorboard: bool,
     /// In the file's order.
     pub jobs: Vec<JobConfig>,
-}
-
-/// What the backward pass computes again instead of keeping it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Recompute {
-    #[default]
-    None,
-    /// The gate and up products of every block.
-    Mlp,
-    /// All of a block but its input.
-    Block,
 }
 
 /// One adapter to train, with its data and hyperparameters.

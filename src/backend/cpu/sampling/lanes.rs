@@ -8,7 +8,7 @@ use crate::backend::sampling::UNIT;
 const LANES: usize = 16;
 
 /// The largest value that is not NaN; −inf when there is none.
-pub(super) fn largest(values: &[f32]) -> f32 {
+pub(in crate::backend::cpu) fn largest(values: &[f32]) -> f32 {
     let (chunks, rest) = values.as_chunks::<LANES>();
     let mut lanes = [f32::NEG_INFINITY; LANES];
     for chunk in chunks {
@@ -53,7 +53,7 @@ pub(super) fn sum(values: &[f32], weight_of: impl Fn(f32) -> f32) -> u64 {
 ///
 /// `x = n ln 2 + r` with whole `n` and `|r| ≤ ln 2 / 2`, so that `exp(x) = 2ⁿ Σ rᵏ/k!` needs eight terms.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+pub(in crate::backend::cpu) fn exp(x: f32) -> f32 {
     const LOWEST: f32 = -87.0;
     /// Adding 1.5 · 2²³ rounds to a whole number and leaves it in the low bits.
     const ROUND: f32 = 12_582_912.0;
