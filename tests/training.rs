@@ -77,7 +77,10 @@ fn assert_same(one: &[u8], other: &[u8], what: &str) {
 fn an_adapter_trains_to_the_same_bits_alone_and_beside_others() {
     for count in [3, 12] {
         // Small passes cut batches anywhere; few seats make jobs wait for each other.
-        for keys in ["max_tokens_per_step = 40\nmax_concurrent_jobs = 5", "max_tokens_per_step = 4000\nrecompute = \"block\""] {
+        for keys in [
+            "max_tokens_per_step = 40\nmax_concurrent_jobs = 5",
+            "max_tokens_per_step = 4000\nrecompute = \"block\"",
+        ] {
             let mut run = TrainingRun::new(&golden_model());
             run.run_keys(keys);
             let names: Vec<String> = (0..count).map(|index| add_job(&mut run, index, "")).collect();
@@ -85,7 +88,11 @@ fn an_adapter_trains_to_the_same_bits_alone_and_beside_others() {
             for (index, name) in names.iter().enumerate() {
                 let together = without_paths(run.results(name));
                 for ((file, alone), (_, together)) in alone(index, "").iter().zip(&together) {
-                    assert_same(alone, together, &format!("{file} of {name} among {count} jobs with {keys:?}"));
+                    assert_same(
+                        alone,
+                        together,
+                        &format!("{file} of {name} among {count} jobs with {keys:?}"),
+                    );
                 }
             }
         }
@@ -114,7 +121,9 @@ fn a_gradient_that_is_not_finite_stops_its_job_alone() {
     let good = add_job(&mut run, 0, "");
     let bad = "bad";
     let train = run.data("bad.jsonl", &token_lines(14, 500, 3));
-    let keys = format!("train = \"{train}\"\nlr = 1e30\nmax_grad_norm = 0\nmax_bad_steps = 2\nsteps = 9\nbatch_size = 2");
+    let keys = format!(
+        "train = \"{train}\"\nlr = 1e30\nmax_grad_norm = 0\nmax_bad_steps = 2\nsteps = 9\nbatch_size = 2"
+    );
     run.job(bad, &keys);
     let ran = run.train(&[]);
     assert_eq!(ran.code, Some(3), "{}", ran.stderr);

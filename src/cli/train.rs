@@ -32,7 +32,11 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure> {
     let (config, warnings) = RunConfig::read(&args.config).map_err(Failure::usage)?;
     if config.device.starts_with("cuda") {
-        let message = format!("{}: `device` is {:?}; training runs on the CPU: use \"auto\" or \"cpu\"", args.config.display(), config.device);
+        let message = format!(
+            "{}: `device` is {:?}; training runs on the CPU: use \"auto\" or \"cpu\"",
+            args.config.display(),
+            config.device
+        );
         return Err(Failure::Usage(message));
     }
     let run = Run::open(config).map_err(Failure::usage)?;
@@ -67,8 +71,9 @@ pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure>
 /// What is there already, or what another run has, is for the user to decide.
 fn failure(error: TrainError) -> Failure {
     match error {
-        TrainError::Exists { .. } | TrainError::Busy { .. } | TrainError::Changed { .. } => Failure::usage(error),
+        TrainError::Exists { .. } | TrainError::Busy { .. } | TrainError::Changed { .. } => {
+            Failure::usage(error)
+        }
         _ => Failure::failed(error),
     }
 }
-

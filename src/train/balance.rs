@@ -62,7 +62,8 @@ pub fn coba_weights(history: &[Vec<f64>]) -> Vec<f64> {
         (0..evaluations).map(|t| history.iter().map(|losses| losses[t]).fold(f64::MIN, f64::max)).collect();
     let largest = slopes_of(&largest);
     let count = largest.len() as f64;
-    let absolute = |values: &mut dyn Iterator<Item = f64>| values.map(f64::abs).sum::<f64>().max(f64::MIN_POSITIVE);
+    let absolute =
+        |values: &mut dyn Iterator<Item = f64>| values.map(f64::abs).sum::<f64>().max(f64::MIN_POSITIVE);
 
     let last: Vec<f64> = slopes.iter().map(|slopes| slopes[slopes.len() - 1]).collect();
     let across = absolute(&mut last.iter().copied());
@@ -73,7 +74,8 @@ pub fn coba_weights(history: &[Vec<f64>]) -> Vec<f64> {
     let divergence = softmax(largest.iter().map(|slope| -COBA_TAU * count * slope / over_time).collect());
     let factor = (count * divergence[divergence.len() - 1]).min(1.0);
 
-    let weights = relative.iter().zip(&still).map(|(relative, still)| factor * relative + (1.0 - factor) * still);
+    let weights =
+        relative.iter().zip(&still).map(|(relative, still)| factor * relative + (1.0 - factor) * still);
     weights.map(|weight| weight * tasks as f64).collect()
 }
 
@@ -113,13 +115,15 @@ fn softmax(mut values: Vec<f64>) -> Vec<f64> {
 /// All gradients have the same length. Also returns the cosines between the gradients as they came, `[tasks, tasks]`
 /// (0 where one is zero).
 pub fn pcgrad(gradients: &[Vec<f32>], order: impl Fn(usize) -> Vec<usize>) -> (Vec<f32>, Vec<Vec<f64>>) {
-    let dot = |a: &[f32], b: &[f32]| -> f64 { a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum() };
+    let dot =
+        |a: &[f32], b: &[f32]| -> f64 { a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum() };
     let squares: Vec<f64> = gradients.iter().map(|gradient| dot(gradient, gradient)).collect();
     let cosine = |i: usize, j: usize| {
         let norms = (squares[i] * squares[j]).sqrt();
         if norms > 0.0 { dot(&gradients[i], &gradients[j]) / norms } else { 0.0 }
     };
-    let cosines = (0..gradients.len()).map(|i| (0..gradients.len()).map(|j| cosine(i, j)).collect()).collect();
+    let cosines =
+        (0..gradients.len()).map(|i| (0..gradients.len()).map(|j| cosine(i, j)).collect()).collect();
     let mut sum = vec![0f32; gradients.first().map_or(0, Vec::len)];
     for (task, gradient) in gradients.iter().enumerate() {
         let mut own = gradient.clone();
@@ -151,7 +155,8 @@ mod tests {
         assert_eq!(token_weights(&BATCH, Balance::Task, None), [1.0 / 20.0, 1.0 / 12.0, 1.0 / 20.0]);
         for balance in [Balance::Token, Balance::Sample, Balance::Task] {
             let weights = token_weights(&BATCH, balance, None);
-            let sum: f32 = BATCH.iter().zip(weights).map(|(sample, weight)| sample.labels as f32 * weight).sum();
+            let sum: f32 =
+                BATCH.iter().zip(weights).map(|(sample, weight)| sample.labels as f32 * weight).sum();
             assert!((sum - 1.0).abs() < 1e-6, "{balance:?}");
         }
     }

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::TrainError;
 use super::checkpoint::{CHECKPOINT_FILE, Outcome};
 use super::metrics::METRICS_FILE;
 use super::report::REPORT_FILE;
-use super::TrainError;
 use crate::adapter::peft::{CONFIG_FILE, WEIGHTS_FILE};
 use crate::format::{FormatError, read_json, sha256_file, write_text};
 
@@ -37,7 +37,8 @@ pub enum Found {
 }
 
 /// Everything that a job writes.
-const FILES: [&str; 6] = [MANIFEST_FILE, CHECKPOINT_FILE, METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE];
+const FILES: [&str; 6] =
+    [MANIFEST_FILE, CHECKPOINT_FILE, METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE];
 
 /// Looks into a job's folder and makes it ready for `existing`.
 ///

@@ -166,8 +166,10 @@ impl Job {
         let relative: Vec<Vec<f64>> = history.iter().map(relative).collect();
         if self.config.coba {
             // A guard task has a history and no weight.
-            let trained: Vec<usize> = (0..self.data.len()).filter(|&task| self.data[task].train.is_some()).collect();
-            let weights = coba_weights(&trained.iter().map(|&task| relative[task].clone()).collect::<Vec<_>>());
+            let trained: Vec<usize> =
+                (0..self.data.len()).filter(|&task| self.data[task].train.is_some()).collect();
+            let weights =
+                coba_weights(&trained.iter().map(|&task| relative[task].clone()).collect::<Vec<_>>());
             let mut factors = vec![1.0; self.data.len()];
             trained.iter().zip(weights).for_each(|(&task, weight)| factors[task] = weight);
             self.factors = Some(factors);

@@ -19,8 +19,8 @@ use super::metrics::{Metrics, StepLine};
 use super::trainer::{Seat, Trainer};
 use super::{TrainError, report};
 use crate::adapter::Adapter;
-use crate::adapter::{Fresh, all_linear, fresh_adapter, named_sites};
 use crate::adapter::peft::{Limits, WriteOptions, read_adapter, write_adapter};
+use crate::adapter::{Fresh, all_linear, fresh_adapter, named_sites};
 use crate::backend::training::{PairValues, Training};
 use crate::format::FormatError;
 use crate::model::Base;
@@ -47,12 +47,28 @@ pub struct PreparedJob {
 
 /// What happens in a run, as it happens.
 pub enum Event<'a> {
-    Seated { job: &'a str, total_steps: u64, from_step: u64 },
-    Stepped { line: &'a StepLine },
+    Seated {
+        job: &'a str,
+        total_steps: u64,
+        from_step: u64,
+    },
+    Stepped {
+        line: &'a StepLine,
+    },
     /// `eval` as in `metrics.jsonl`.
-    Evaluated { job: &'a str, step: u64, eval: &'a Value },
-    Note { job: &'a str, text: &'a str },
-    Ended { job: &'a str, result: &'a JobResult },
+    Evaluated {
+        job: &'a str,
+        step: u64,
+        eval: &'a Value,
+    },
+    Note {
+        job: &'a str,
+        text: &'a str,
+    },
+    Ended {
+        job: &'a str,
+        result: &'a JobResult,
+    },
 }
 
 /// How a job ended.
@@ -154,8 +170,7 @@ impl Run {
             // Turns, so that a pass that is full does not keep the last jobs waiting for ever.
             turn = (turn + 1) % seated.len();
             let (after, before) = seated.split_at_mut(turn);
-            let mut seats: Vec<&mut Seat> =
-                before.iter_mut().chain(after).map(|job| &mut job.seat).collect();
+            let mut seats: Vec<&mut Seat> = before.iter_mut().chain(after).map(|job| &mut job.seat).collect();
             hall.trainer.pass(&mut seats)?;
             let mut index = 0;
             while index < seated.len() {
@@ -433,9 +448,8 @@ impl<B: Training> Hall<'_, B> {
                     steps: job.state.step,
                     losses: job.losses,
                     tokens: job.tokens,
-                    failure: (job.state.outcome == Some(Outcome::Failed)).then(|| {
-                        format!("{} steps had a gradient that is not finite", job.state.bad_steps)
-                    }),
+                    failure: (job.state.outcome == Some(Outcome::Failed))
+                        .then(|| format!("{} steps had a gradient that is not finite", job.state.bad_steps)),
                     evaluations: std::mem::take(&mut job.evaluations),
                 };
                 (self.observer)(Event::Ended { job: &name, result: &result });
@@ -475,7 +489,11 @@ impl<B: Training> Hall<'_, B> {
         let config = &job.seat.job.config;
         let mut entries = Vec::new();
         for task in &job.seat.job.data {
-            let splits = [("train", &task.train, 0), ("valid", &task.valid, task.leakage[0]), ("test", &task.test, task.leakage[1])];
+            let splits = [
+                ("train", &task.train, 0),
+                ("valid", &task.valid, task.leakage[0]),
+                ("test", &task.test, task.leakage[1]),
+            ];
             for (split, data, leakage) in splits {
                 if let Some(data) = data {
                     entries.push(DataEntry { task: &task.name, split, data, leakage });
@@ -552,11 +570,15 @@ fn check_identity(folder: &Path, found: &Value, wanted: &Value) -> Result<(), Tr
     }
     for key in ["base", "data"] {
         if found[key] != wanted[key] {
-            return Err(differs(format!("the {key} {} others", if key == "base" { "model is" } else { "files are" })));
+            return Err(differs(format!(
+                "the {key} {} others",
+                if key == "base" { "model is" } else { "files are" }
+            )));
         }
     }
     let (old, new) = (found["config"].as_object(), wanted["config"].as_object());
-    let keys = new.into_iter().flatten().map(|(key, _)| key).chain(old.into_iter().flatten().map(|(key, _)| key));
+    let keys =
+        new.into_iter().flatten().map(|(key, _)| key).chain(old.into_iter().flatten().map(|(key, _)| key));
     for key in keys {
         let (old, new) = (&found["config"][key], &wanted["config"][key]);
         if old != new {
@@ -607,7 +629,8 @@ impl Reader<'_> {
             let leakage = [leaked(&valid), leaked(&test)];
             for (count, split) in leakage.into_iter().zip([&task.valid, &task.test]) {
                 if let (1.., Some(path)) = (count, split) {
-                    self.warnings.push(format!("{}: {count} samples are in the training data too", path.display()));
+                    self.warnings
+                        .push(format!("{}: {count} samples are in the training data too", path.display()));
                 }
             }
             tasks.push(TaskData { name: task.name.clone(), train, valid, test, leakage });

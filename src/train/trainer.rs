@@ -103,7 +103,12 @@ impl<B: Training> Trainer<B> {
     ///
     /// # Errors
     /// When the base cannot be read or there is no room.
-    pub fn new(mut backend: B, base: Arc<Base>, max_rows: usize, recompute: Recompute) -> Result<Self, TrainError> {
+    pub fn new(
+        mut backend: B,
+        base: Arc<Base>,
+        max_rows: usize,
+        recompute: Recompute,
+    ) -> Result<Self, TrainError> {
         let transformer = Transformer::new(&mut backend, &base.config, &base.checkpoint, max_rows)?;
         let logit_rows = (B::LOGITS_BYTES / (base.config.vocab_size * size_of::<f32>())).clamp(1, max_rows);
         // A sequence has two tokens at least: one that predicts and one that is predicted.
@@ -265,7 +270,11 @@ impl<B: Training> Trainer<B> {
         let finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
         let mut names = Vec::new();
         for (site, gradient) in template.sites.iter().zip(gradients) {
-            let parts = [("lora_A", &gradient.a), ("lora_B", &gradient.b), ("lora_magnitude_vector", &gradient.magnitude)];
+            let parts = [
+                ("lora_A", &gradient.a),
+                ("lora_B", &gradient.b),
+                ("lora_magnitude_vector", &gradient.magnitude),
+            ];
             for (name, _) in parts.into_iter().filter(|(_, values)| !finite(values)) {
                 names.push(format!("{}.{name}", sites.get(site.site).module));
             }
@@ -284,7 +293,8 @@ impl<B: Training> Trainer<B> {
             let pass = &mut self.pass;
             pass.clear();
             while let Some(sample) = samples.next_if(|sample| {
-                pass.samples.len() < self.max_sequences && pass.rows.len() + sample.tokens.len() <= self.max_rows
+                pass.samples.len() < self.max_sequences
+                    && pass.rows.len() + sample.tokens.len() <= self.max_rows
             }) {
                 let variant = self.base.config.rope.variant_for(sample.tokens.len());
                 let taken = Taken { task: 0, sample, weight: 1.0, row_key: 0 };

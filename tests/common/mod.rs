@@ -3,8 +3,8 @@
 
 pub mod forward;
 pub mod program;
-pub mod training;
 pub mod traffic;
+pub mod training;
 
 use std::path::PathBuf;
 

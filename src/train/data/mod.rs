@@ -63,4 +63,5 @@ pub struct Dataset {
     /// How often each answer occurs, where the answers are few enough to be classes.
     pub classes: BTreeMap<String, usize>,
 }
-mod provisional; pub use provisional::*;
+mod provisional;
+pub use provisional::*;
