@@ -11,7 +11,7 @@
 mod config;
 mod pieces;
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;
 
 use std::borrow::Cow;
 use std::fs;

@@ -212,6 +212,8 @@ struct Seated {
     losses: Option<(f64, f64)>,
     tokens: u64,
     evaluations: Vec<(u64, Value)>,
+    /// Tensors whose gradient was not finite, last time that happened.
+    skipped: Vec<String>,
 }
 
 impl Seated {
@@ -268,6 +270,7 @@ impl<B: Training> Hall<'_, B> {
             losses: None,
             tokens: 0,
             evaluations: Vec::new(),
+            skipped: Vec::new(),
             seat,
         };
         let (total_steps, from_step) = (job.seat.job.total_steps(), job.state.step);
@@ -298,8 +301,9 @@ impl<B: Training> Hall<'_, B> {
         }
         if !line.skipped.is_empty() {
             job.state.bad_steps += 1;
-            let text = format!("step {}: the gradient is not finite: {}", line.step, line.skipped.join(", "));
+            let text = format!("step {}: the gradient is not finite in {}", line.step, few(&line.skipped));
             (self.observer)(Event::Note { job: &line.job, text: &text });
+            job.skipped = line.skipped;
             if job.state.bad_steps >= config.max_bad_steps {
                 job.state.outcome = Some(Outcome::Failed);
             }
@@ -546,6 +550,17 @@ impl Job {
             self.follow_validation(&state.validation);
         }
         Ok(())
+    }
+}
+
+/// The first of some names, and how many there are.
+fn few(names: &[String]) -> String {
+    match names {
+        [] => "an earlier run".to_owned(),
+        [first, second, third, rest @ ..] if !rest.is_empty() => {
+            format!("{first}, {second}, {third} and {} more", rest.len())
+        }
+        names => names.join(", "),
     }
 }
 

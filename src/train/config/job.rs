@@ -161,7 +161,8 @@ fn optimizer(keys: &JobKeys) -> OptimizerConfig {
 /// A sample runs in one step.
 fn max_length(run: &Run, keys: &JobKeys) -> Result<usize, ConfigError> {
     match keys.max_length {
-        None => Ok(MAX_LENGTH.min(run.max_tokens_per_step)),
+        // What a job computes does not depend on how much fits a step: a longer sample has one to itself.
+        None => Ok(MAX_LENGTH),
         Some(length) if length.value > run.max_tokens_per_step => {
             let problem = format!(
                 "`max_length` is {}; wanted at most {}, `max_tokens_per_step` of [run]: a sample is never cut in two",
