@@ -1,6 +1,7 @@
 //! Adapters: trained low-rank changes to a base.
 
 mod change;
+pub mod merge;
 pub mod peft;
 mod site;
 mod store;

@@ -20,6 +20,7 @@ use super::{Adapter, SavedBias, SavedModule, Site, SiteAdapter, SiteKind, SiteTa
 use crate::format::{FormatError, Sha256Hasher};
 use crate::tensor::Tensor;
 
+pub(crate) use read::first_non_finite;
 pub use read::{BaseWeights, Limits, read_adapter};
 pub use write::{WriteOptions, write_adapter};
 
