@@ -6,9 +6,12 @@
 mod batch;
 mod demo;
 mod devices;
+mod eval;
 mod inspect;
+mod merge;
 mod output;
 mod serving;
+mod tasks;
 
 use std::process::ExitCode;
 
@@ -57,6 +60,10 @@ enum Command {
     RunBatch(batch::Args),
     /// Ask the bundled questions of a small base and seven adapters, all in one batch
     Demo(demo::Args),
+    /// Score adapters and the base on a folder of tasks, all in one batch
+    Eval(eval::Args),
+    /// Merge adapters into one, or into the base's weights
+    Merge(Box<merge::Args>),
     /// Describe a model folder, an adapter folder or a safetensors file
     Inspect(inspect::Args),
     /// List the devices that can run a model
@@ -98,6 +105,8 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::RunBatch(args) => batch::run(&args, cli.verbosity),
         Command::Demo(args) => demo::run(&args, cli.verbosity),
+        Command::Eval(args) => eval::run(&args, cli.verbosity),
+        Command::Merge(args) => merge::run(&args, cli.verbosity),
         Command::Inspect(args) => inspect::run(&args),
         Command::Devices(args) => devices::run(&args),
     };
