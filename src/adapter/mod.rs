@@ -2,6 +2,7 @@
 
 mod change;
 mod init;
+pub mod merge;
 pub mod peft;
 mod site;
 mod store;

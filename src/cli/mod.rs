@@ -6,9 +6,12 @@
 mod batch;
 mod demo;
 mod devices;
+mod eval;
 mod inspect;
+mod merge;
 mod output;
 mod serving;
+mod tasks;
 mod train;
 
 use std::process::ExitCode;
@@ -60,6 +63,10 @@ enum Command {
     Demo(demo::Args),
     /// Train many adapters side by side, from one configuration file
     Train(train::Args),
+    /// Score adapters and the base on a folder of tasks, all in one batch
+    Eval(eval::Args),
+    /// Merge adapters into one, or into the base's weights
+    Merge(Box<merge::Args>),
     /// Describe a model folder, an adapter folder or a safetensors file
     Inspect(inspect::Args),
     /// List the devices that can run a model
@@ -102,6 +109,8 @@ pub fn main() -> ExitCode {
         Command::RunBatch(args) => batch::run(&args, cli.verbosity),
         Command::Demo(args) => demo::run(&args, cli.verbosity),
         Command::Train(args) => train::run(&args, cli.verbosity),
+        Command::Eval(args) => eval::run(&args, cli.verbosity),
+        Command::Merge(args) => merge::run(&args, cli.verbosity),
         Command::Inspect(args) => inspect::run(&args),
         Command::Devices(args) => devices::run(&args),
     };

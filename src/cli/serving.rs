@@ -43,7 +43,7 @@ impl DeviceArg {
     ///
     /// # Errors
     /// When the one that is asked for cannot run a model: the first of what is missing.
-    fn choose(self) -> Result<Device, Failure> {
+    pub fn choose(self) -> Result<Device, Failure> {
         match self {
             Self::Cpu => Ok(Device::Cpu),
             Self::Auto => Ok(if why_not_cuda(0).is_none() { Device::Cuda(0) } else { Device::Cpu }),
@@ -67,7 +67,7 @@ pub(crate) enum DTypeArg {
 }
 
 impl DTypeArg {
-    fn dtype(self) -> Option<DType> {
+    pub fn dtype(self) -> Option<DType> {
         match self {
             Self::Auto => None,
             Self::Bfloat16 => Some(DType::BF16),
@@ -100,7 +100,7 @@ pub(crate) struct LoraModule {
 /// `name=path` of an adapter, or several with spaces between them, as an environment variable holds them. A path may
 /// have spaces: only what looks like `name=` begins the next adapter.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct LoraModules(Vec<LoraModule>);
+pub(crate) struct LoraModules(pub Vec<LoraModule>);
 
 impl FromStr for LoraModules {
     type Err = String;

@@ -1,10 +1,12 @@
 //! `loramux train`: many jobs from one configuration file, trained side by side.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::{Failure, Outcome, Verbosity};
 use crate::backend::cpu::Cpu;
 use crate::train::TrainError;
+use crate::train::answer::EngineAnswerer;
 use crate::train::checkpoint;
 use crate::train::config::RunConfig;
 use crate::train::folder::Existing;
@@ -55,7 +57,13 @@ pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure>
     };
     let out = run.config.out.clone();
     let backend = Cpu::new(args.threads).map_err(Failure::failed)?;
-    let results = run.train(backend, None, existing, &mut |_: Event<'_>| {}).map_err(failure)?;
+    let asks = run.jobs.iter().any(|job| job.config.eval_max_tokens > 0);
+    let answerer = match asks {
+        true => Some(EngineAnswerer::start(Arc::clone(&run.base), args.threads).map_err(Failure::failed)?),
+        false => None,
+    };
+    let answerer = answerer.as_ref().map(|answerer| answerer as _);
+    let results = run.train(backend, answerer, existing, &mut |_: Event<'_>| {}).map_err(failure)?;
     write_reports(&out).map_err(Failure::failed)?;
     if verbosity.talks() {
         eprintln!("{}", out.display());

@@ -16,8 +16,8 @@ use crate::format::safetensors::SafetensorsFile;
 use crate::format::{FormatError, Sha256Hasher, read_json, sha256_file};
 use crate::tensor::Tensor;
 
-const SINGLE_FILE: &str = "model.safetensors";
-const INDEX_FILE: &str = "model.safetensors.index.json";
+pub(super) const SINGLE_FILE: &str = "model.safetensors";
+pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// An open checkpoint: every weight of the model that its configuration describes.
 pub struct Checkpoint {
@@ -29,6 +29,8 @@ pub struct Checkpoint {
     sites: ModelSites,
     /// Name of each site's weight.
     site_weights: Vec<String>,
+    /// Names of all tensors that the model uses.
+    used: HashSet<String>,
     unused: Vec<String>,
 }
 
@@ -54,9 +56,17 @@ impl Checkpoint {
                 site_weights[sites.lm_head] = stored;
             }
         }
-        let mut checkpoint =
-            Self { folder: folder.to_owned(), shards, by_name, sites, site_weights, unused: Vec::new() };
-        expected.extend(checkpoint.resolve_all(config)?);
+        let mut checkpoint = Self {
+            folder: folder.to_owned(),
+            shards,
+            by_name,
+            sites,
+            site_weights,
+            used: HashSet::new(),
+            unused: Vec::new(),
+        };
+        checkpoint.used = checkpoint.resolve_all(config)?.into_iter().collect();
+        expected.extend(checkpoint.used.iter().cloned());
         if config.tie_word_embeddings {
             checkpoint.check_tied_head()?;
         }
@@ -123,6 +133,22 @@ impl Checkpoint {
     pub fn site_bias(&self, site: usize) -> Result<Option<Tensor>, ModelError> {
         let site = self.sites.table.get(site);
         site.bias.then(|| self.tensor(&bias_name(site), &[site.out_features])).transpose()
+    }
+
+    /// The name under which a site's weight is stored.
+    pub(super) fn site_weight_name(&self, site: usize) -> &str {
+        &self.site_weights[site]
+    }
+
+    /// The files, each with the names of those of its tensors that the model uses, in the order of their data; files
+    /// without any left out.
+    pub(super) fn files(&self) -> Vec<(&SafetensorsFile, Vec<&str>)> {
+        let used = |(number, shard): (usize, _)| {
+            let is_used = |name: &&str| self.used.contains(*name) && self.by_name.get(*name) == Some(&number);
+            let names: Vec<&str> = SafetensorsFile::names(shard).filter(is_used).collect();
+            (!names.is_empty()).then_some((shard, names))
+        };
+        self.shards.iter().enumerate().filter_map(used).collect()
     }
 
     /// Names of stored tensors that the model does not use, sorted; those known to be redundant (rotary
@@ -195,7 +221,7 @@ impl Checkpoint {
     }
 }
 
-fn bias_name(site: &Site) -> String {
+pub(super) fn bias_name(site: &Site) -> String {
     format!("{}.bias", site.module)
 }
 

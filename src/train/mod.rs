@@ -2,6 +2,7 @@
 //!
 //! A job's result has the same bits alone and beside any others, in one piece or resumed.
 
+pub mod answer;
 pub mod balance;
 pub mod checkpoint;
 pub mod config;
@@ -18,6 +19,7 @@ pub mod trainer;
 
 use std::path::PathBuf;
 
+use data::DataError;
 use sampling::SamplingError;
 
 use crate::adapter::FreshError;
@@ -46,6 +48,8 @@ pub enum TrainError {
     Fresh(#[from] FreshError),
     #[error(transparent)]
     Sampling(#[from] SamplingError),
+    #[error(transparent)]
+    Data(#[from] DataError),
     #[error("{}: there are results in it: continue them with --resume or replace them with --force", folder.display())]
     Exists { folder: PathBuf },
     #[error("{}: another run is writing there", folder.display())]

@@ -7,12 +7,13 @@ use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
+use super::answer::Answerer;
 use super::checkpoint::{self, Affinity, JobState, JobTensors, Outcome};
 use super::config::{AdapterConfig, JobConfig, RunConfig, Targets};
 use super::data::{self, DataOptions, Dataset};
-use super::evaluate::{Answerer, score};
+use super::evaluate::Scores;
 use super::folder::{self, DataEntry, Existing, Found, Lock, Manifest};
 use super::job::{Job, TaskData};
 use super::metrics::{Metrics, StepLine};
@@ -329,43 +330,40 @@ impl<B: Training> Hall<'_, B> {
         let step = job.state.step;
         self.write_affinity(job, step)?;
         let tasks = job.seat.job.data.clone();
-        let adapter = match (&self.answerer, job.seat.job.config.eval_max_tokens) {
-            (Some(_), 1..) => Some(self.trainer.adapter(&job.seat)?),
-            _ => None,
+        let mut data: Vec<(usize, &'static str, &Dataset)> = Vec::new();
+        for (index, task) in tasks.iter().enumerate() {
+            data.extend(task.valid.as_deref().map(|data| (index, "valid", data)));
+            data.extend(task.test.as_deref().filter(|_| with_test).map(|data| (index, "test", data)));
+        }
+        let max_tokens = job.seat.job.config.eval_max_tokens;
+        let scores = match self.answerer.filter(|_| max_tokens > 0 && !data.is_empty()) {
+            Some(answerer) => {
+                let adapter = self.trainer.adapter(&job.seat)?;
+                let data: Vec<&Dataset> = data.iter().map(|(_, _, data)| *data).collect();
+                answerer.scores(&adapter, &data, max_tokens)?
+            }
+            None => vec![Scores::default(); data.len()],
         };
         let mut losses = Vec::new();
-        for (index, task) in tasks.iter().enumerate() {
-            for (split, data) in [("valid", &task.valid), ("test", &task.test)] {
-                let Some(data) = data.as_ref().filter(|_| split == "valid" || with_test) else { continue };
-                let loss = self.trainer.loss(&job.seat, data)?;
-                if split == "valid" {
-                    losses.push((index, loss));
-                }
-                let mut eval = Map::new();
-                eval.insert("task".into(), json!(task.name));
-                eval.insert("split".into(), json!(split));
-                eval.insert("trained".into(), json!(task.train.is_some()));
-                eval.insert("loss".into(), json!(loss));
-                eval.insert("perplexity".into(), json!(loss.exp()));
-                if let (Some(answerer), Some(adapter)) = (self.answerer, &adapter) {
-                    let asked: Vec<_> =
-                        data.samples.iter().filter(|sample| sample.question.is_some()).collect();
-                    if !asked.is_empty() {
-                        let questions: Vec<_> =
-                            asked.iter().filter_map(|sample| sample.question.as_ref()).collect();
-                        let most = job.seat.job.config.eval_max_tokens;
-                        let answers = answerer.answer(adapter, &questions, most)?;
-                        if let Value::Object(scores) = json!(score(&asked, &answers, &data.classes)) {
-                            eval.extend(scores);
-                        }
-                    }
-                }
-                eval.insert("samples".into(), json!(data.samples.len()));
-                let eval = Value::Object(eval);
-                job.metrics.append(&json!({"job": job.name(), "step": step, "eval": &eval}))?;
-                (self.observer)(Event::Evaluated { job: job.name(), step, eval: &eval });
-                job.evaluations.push((step, eval));
+        for ((index, split, data), scores) in data.into_iter().zip(scores) {
+            let task = &tasks[index];
+            let loss = self.trainer.loss(&job.seat, data)?;
+            if split == "valid" {
+                losses.push((index, loss));
             }
+            let scores = Scores {
+                loss: Some(loss),
+                perplexity: Some(loss.exp()),
+                samples: data.samples.len(),
+                ..scores
+            };
+            let mut eval = json!({"task": task.name, "split": split, "trained": task.train.is_some()});
+            if let (Value::Object(eval), Value::Object(scores)) = (&mut eval, json!(scores)) {
+                eval.extend(scores);
+            }
+            job.metrics.append(&json!({"job": job.name(), "step": step, "eval": &eval}))?;
+            (self.observer)(Event::Evaluated { job: job.name(), step, eval: &eval });
+            job.evaluations.push((step, eval));
         }
         self.follow(job, &losses)
     }
@@ -638,7 +636,7 @@ impl Reader<'_> {
             };
             let (train, valid, test) = (file(&task.train)?, file(&task.valid)?, file(&task.test)?);
             let leaked = |split: &Option<Arc<Dataset>>| match (&train, split) {
-                (Some(train), Some(split)) => data::leakage(train, split),
+                (Some(train), Some(split)) => data::leakage(train, split).samples,
                 _ => 0,
             };
             let leakage = [leaked(&valid), leaked(&test)];

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::checkpoint::JobTensors;
 use super::config::Recompute;
-use super::data::{Dataset, Question};
+use super::data::Dataset;
 use super::job::{Job, Taken};
 use super::metrics::StepLine;
 use super::{TrainError, balance};
@@ -376,9 +376,4 @@ fn unflatten(mut values: &[f32], pairs: &mut [PairValues]) {
         part.copy_from_slice(own);
         values = rest;
     }
-}
-
-/// Questions of a data set, for generation.
-pub fn questions(data: &Dataset) -> Vec<&Question> {
-    data.samples.iter().filter_map(|sample| sample.question.as_ref()).collect()
 }

@@ -21,6 +21,7 @@ use crate::format::{FormatError, Sha256Hasher};
 use crate::tensor::Tensor;
 
 pub(super) use modules::is_path_suffix;
+pub(crate) use read::first_non_finite;
 pub use read::{BaseWeights, Limits, read_adapter};
 pub use write::{WriteOptions, write_adapter};
 

@@ -419,7 +419,7 @@ fn blocks(tensor: &Tensor) -> impl Iterator<Item = Vec<f32>> + '_ {
 }
 
 /// Index and value of the first infinity or NaN.
-pub(super) fn first_non_finite(tensor: &Tensor) -> Option<(usize, f32)> {
+pub(crate) fn first_non_finite(tensor: &Tensor) -> Option<(usize, f32)> {
     blocks(tensor).enumerate().find_map(|(block, values)| {
         let index = values.iter().position(|value| !value.is_finite())?;
         Some((block * BLOCK + index, values[index]))
