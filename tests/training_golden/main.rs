@@ -1,5 +1,6 @@
 //! Training against transformers + PEFT + torch.optim.AdamW, and against itself: every family, all its jobs in one batch.
 
+mod adapters;
 mod case;
 #[path = "../common/mod.rs"]
 mod common;
