@@ -1,5 +1,6 @@
 //! Training against transformers + PEFT + torch.optim.AdamW, and against itself: every family, all its jobs in one batch.
 
+mod adapters;
 mod case;
 #[path = "../common/mod.rs"]
 mod common;
@@ -9,7 +10,8 @@ mod trainer;
 use case::{Case, Differences, Job, SIGNS, cases};
 use loramux::backend::cpu::Isa;
 use loramux::model::Recompute;
-use trainer::{WHOLE, Way, train};
+use loramux::tensor::Tensor;
+use trainer::{Run, WHOLE, Way, train};
 
 const LOSS: f64 = 1e-5;
 /// Of a gradient's norm.
@@ -20,8 +22,8 @@ const WEIGHT: f64 = 2e-5;
 /// makes as large a difference.
 const ROUNDING: f64 = 1e-6;
 
-fn all(case: &Case) -> Vec<&Job> {
-    case.jobs.iter().collect()
+fn all(case: &Case) -> Vec<Run<'_>> {
+    case.jobs.iter().map(Run::from).collect()
 }
 
 fn norm(values: &[f32]) -> f64 {
@@ -132,8 +134,42 @@ fn promise_3_an_adapter_trains_to_the_same_bits_alone_and_beside_others() {
         let isa = Isa::available()[0];
         let together = train(case, &all(case), 0.1, WHOLE, isa);
         for (job, together) in case.jobs.iter().zip(&together) {
-            let alone = train(case, &[job], 0.1, WHOLE, isa).remove(0);
+            let alone = train(case, &[job.into()], 0.1, WHOLE, isa).remove(0);
             alone.assert_same_bits(together, &format!("{} {}", case.family, job.name));
+        }
+    });
+}
+
+#[test]
+fn promise_5_a_job_that_is_not_finite_leaves_the_others_as_they_are() {
+    let isa = Isa::available()[0];
+    cases(|case| {
+        for (value, part) in [(f32::NAN, 0), (f32::INFINITY, 1)] {
+            let mut broken = case.jobs[1].initial.clone();
+            for site in &mut broken.sites {
+                let tensor = [&mut site.a, &mut site.b].into_iter().nth(part).unwrap();
+                let mut values = tensor.to_f32();
+                values[3] = value;
+                *tensor = Tensor::from_f32(tensor.shape().to_vec(), &values);
+            }
+            let Job { name, optimizer, steps, .. } = &case.jobs[1];
+            let broken = Run { adapter: &broken, optimizer, steps };
+            let runs: Vec<Run> =
+                case.jobs.iter().map(|job| if job.name == *name { broken } else { job.into() }).collect();
+            let trained = train(case, &runs, 0.0, WHOLE, isa);
+            let whole = train(case, &all(case), 0.0, WHOLE, isa);
+            for (job, (one, other)) in case.jobs.iter().zip(trained.iter().zip(&whole)) {
+                let label = format!("{} {}", case.family, job.name);
+                if job.name == *name {
+                    assert!(
+                        one.grad_norms.iter().all(|norm| !norm.is_finite()),
+                        "{label}: {:?}",
+                        one.grad_norms
+                    );
+                } else {
+                    one.assert_same_bits(other, &label);
+                }
+            }
         }
     });
 }

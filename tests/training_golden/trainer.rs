@@ -6,7 +6,7 @@ use loramux::backend::cpu::{Cpu, Isa};
 use loramux::backend::training::{AdamW, PairValues, Part, Training};
 use loramux::model::{Base, LearningBatch, Recompute, RowTarget, Tape, TapeSize, Transformer};
 
-use crate::case::{Case, Job, Sample};
+use crate::case::{Case, Job, Sample, Step};
 
 type Trainee = <Cpu as Training>::Trainee;
 
@@ -137,13 +137,27 @@ impl StepRows {
     }
 }
 
-/// Trains some jobs of a case side by side, each for as many steps as it has.
-pub fn train(case: &Case, jobs: &[&Job], dropout: f32, way: Way, isa: Isa) -> Vec<Trained> {
+/// A job, or another adapter in its place.
+#[derive(Clone, Copy)]
+pub struct Run<'a> {
+    pub adapter: &'a Adapter,
+    pub optimizer: &'a AdamW,
+    pub steps: &'a [Step],
+}
+
+impl<'a> From<&'a Job> for Run<'a> {
+    fn from(job: &'a Job) -> Self {
+        Self { adapter: &job.initial, optimizer: &job.optimizer, steps: &job.steps }
+    }
+}
+
+/// Trains some adapters side by side on the base of a case, each for as many steps as it has.
+pub fn train(case: &Case, jobs: &[Run<'_>], dropout: f32, way: Way, isa: Isa) -> Vec<Trained> {
     let steps = jobs.iter().map(|job| job.steps.len()).max().unwrap();
-    let samples = || jobs.iter().flat_map(|job| &job.steps).flat_map(|step| &step.samples);
+    let samples = || jobs.iter().flat_map(|job| job.steps).flat_map(|step| &step.samples);
     let rows = samples().map(|sample| sample.tokens.len()).sum();
     let mut trainer = Trainer::new(&case.base, rows, samples().count(), way, isa);
-    jobs.iter().for_each(|job| trainer.start(&job.initial, dropout));
+    jobs.iter().for_each(|job| trainer.start(job.adapter, dropout));
     let mut trained: Vec<Trained> = jobs.iter().map(|_| Trained::default()).collect();
     for index in 0..steps {
         let active =
@@ -166,7 +180,7 @@ pub fn train(case: &Case, jobs: &[&Job], dropout: f32, way: Way, isa: Isa) -> Ve
             if index == 0 {
                 trained.first_gradients = trainer.read(slot, Part::Gradients);
             }
-            trainer.update(slot, &AdamW { step: index as u64 + 1, ..job.optimizer });
+            trainer.update(slot, &AdamW { step: index as u64 + 1, ..*job.optimizer });
         }
     }
     for (slot, trained) in trained.iter_mut().enumerate() {

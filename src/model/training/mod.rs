@@ -222,3 +222,6 @@ impl Depth {
         Self(number + 1)
     }
 }
+
+#[cfg(test)]
+mod tests;

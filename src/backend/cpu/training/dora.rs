@@ -26,7 +26,7 @@ pub(super) fn scales(isa: Isa, pair: &TrainedPair, weight: &Tensor) -> Dora {
     let (k, out) = (pair.in_features, pair.out_features);
     let mut dora = Dora { norms: vec![0.0; out], column_scale: vec![0.0; out] };
     let (norms, scales) = (Shared::new(dora.norms.as_mut_ptr()), Shared::new(dora.column_scale.as_mut_ptr()));
-    let magnitude = &pair.weights[pair.b_range().end..];
+    let magnitude = &pair.weights[pair.magnitude_range()];
     let blocks: Vec<Range<usize>> = blocks(0..out, NORM_ROWS).collect();
     parallel_for(blocks.len(), out * k * (pair.rank + 1), |index| {
         let rows = blocks[index].clone();
