@@ -8,6 +8,7 @@ mod demo;
 mod devices;
 mod inspect;
 mod output;
+mod plan;
 mod serving;
 
 use std::process::ExitCode;
@@ -59,6 +60,8 @@ enum Command {
     Demo(demo::Args),
     /// Describe a model folder, an adapter folder or a safetensors file
     Inspect(inspect::Args),
+    /// Estimate the memory of a training run or an engine
+    Plan(plan::Args),
     /// List the devices that can run a model
     Devices(devices::Args),
 }
@@ -99,6 +102,7 @@ pub fn main() -> ExitCode {
         Command::RunBatch(args) => batch::run(&args, cli.verbosity),
         Command::Demo(args) => demo::run(&args, cli.verbosity),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Devices(args) => devices::run(&args),
     };
     match result {
