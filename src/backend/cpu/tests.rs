@@ -5,29 +5,29 @@ use crate::backend::{ExpertWeights, PAGE};
 use crate::tensor::{Bytes, DType};
 
 /// A small generator of test data (xorshift64*): reproducible and free of dependencies.
-struct Random(u64);
+pub(super) struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
     }
 
-    fn below(&mut self, end: usize) -> usize {
+    pub fn below(&mut self, end: usize) -> usize {
         (self.next() >> 33) as usize % end
     }
 
-    fn value(&mut self) -> f32 {
+    pub fn value(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
 
-    fn values(&mut self, count: usize) -> Vec<f32> {
+    pub fn values(&mut self, count: usize) -> Vec<f32> {
         (0..count).map(|_| self.value()).collect()
     }
 
-    fn tensor(&mut self, shape: [usize; 2], dtype: DType) -> Tensor {
+    pub fn tensor(&mut self, shape: [usize; 2], dtype: DType) -> Tensor {
         let values = self.values(shape[0] * shape[1]);
         let bytes: Vec<u8> = match dtype {
             DType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
@@ -37,12 +37,12 @@ impl Random {
         Tensor::new(dtype, shape.to_vec(), Bytes::new(bytes))
     }
 
-    fn dtype(&mut self) -> DType {
+    pub fn dtype(&mut self) -> DType {
         [DType::F32, DType::F16, DType::BF16][self.below(3)]
     }
 }
 
-fn backends() -> Vec<Cpu> {
+pub(super) fn backends() -> Vec<Cpu> {
     Isa::available().into_iter().map(|isa| Cpu::with_isa(isa, Some(2)).unwrap()).collect()
 }
 

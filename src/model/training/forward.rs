@@ -54,7 +54,7 @@ impl<B: Training> Transformer<B> {
     }
 
     /// The lowest that any trainee of these rows adapts.
-    fn lowest(&self, rows: &Rows, trainees: &[Option<B::Trainee>]) -> Depth {
+    pub(super) fn lowest(&self, rows: &Rows, trainees: &[Option<B::Trainee>]) -> Depth {
         let slots = rows.gates.runs().iter().flat_map(|run| rows.gates.experts_of(run));
         let trained = slots.filter(|&&slot| trainees.get(slot as usize).is_some_and(Option::is_some));
         trained.map(|&slot| self.trained_from[slot as usize]).min().unwrap_or(Depth::ABOVE_ALL)

@@ -76,7 +76,8 @@ impl<B: Training> Transformer<B> {
         let Some(lowest) = pairs.iter().map(|pair| Depth::of(pair.place)).min() else {
             return refuse("it adapts nothing");
         };
-        let trainee = backend.trainee(&mut self.groups, &mut self.embed_tokens, slot, &pairs, dropout);
+        let (groups, table) = (&mut self.groups, &mut self.embed_tokens);
+        let trainee = backend.scope(|backend| backend.trainee(groups, table, slot, &pairs, dropout));
         if trainee.is_err() {
             self.unload_adapter(backend, slot)?;
         }
@@ -142,7 +143,8 @@ impl<B: Training> Transformer<B> {
         trainee: &mut B::Trainee,
         step: &AdamW,
     ) -> Result<(), BackendError> {
-        backend.adamw(&mut self.groups, &mut self.embed_tokens, slot, trainee, step)
+        let (groups, table) = (&mut self.groups, &mut self.embed_tokens);
+        backend.scope(|backend| backend.adamw(groups, table, slot, trainee, step))
     }
 
     /// Replaces one part of an adapter in training; see [`Training::write_part`].
@@ -157,7 +159,8 @@ impl<B: Training> Transformer<B> {
         part: Part,
         values: &[PairValues],
     ) -> Result<(), BackendError> {
-        backend.write_part(&mut self.groups, &mut self.embed_tokens, slot, trainee, part, values)
+        let (groups, table) = (&mut self.groups, &mut self.embed_tokens);
+        backend.scope(|backend| backend.write_part(groups, table, slot, trainee, part, values))
     }
 
     /// Losses (nats) of a batch without gradients, one per target, appended in order. The adapters in the slots of the
@@ -219,3 +222,6 @@ impl Depth {
         Self(number + 1)
     }
 }
+
+#[cfg(test)]
+mod tests;

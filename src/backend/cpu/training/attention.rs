@@ -6,12 +6,13 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::elementwise::exp_or_nan;
 use super::linear::grow;
 use super::product::{Product, accumulate};
 use crate::backend::cpu::gemm::{Block, compute_block};
 use crate::backend::cpu::linear::blocks;
 use crate::backend::cpu::parallel::{Shared, parallel_for};
-use crate::backend::cpu::sampling::{exp, largest};
+use crate::backend::cpu::sampling::largest;
 use crate::backend::cpu::simd::{Simd, multiversion};
 use crate::backend::cpu::{Buffer, Isa};
 use crate::backend::{AttentionShape, Rows, SequenceRows, Write};
@@ -212,7 +213,7 @@ unsafe fn softmax_row_body<S: Simd>(
     let maximum = largest(scores);
     let mut sum = 0f32;
     for score in &mut *scores {
-        *score = exp((*score - maximum) * scale);
+        *score = exp_or_nan((*score - maximum) * scale);
         sum += *score;
     }
     let mut along = 0f32;

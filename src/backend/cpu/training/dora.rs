@@ -21,11 +21,10 @@ const NORM_ROWS: usize = 12;
 const PRODUCT_ROWS: usize = 64;
 const PRODUCT_COLUMNS: usize = 48;
 
-/// Computes `‖W + s B A‖` of every output and `c = m / ‖W + s B A‖` anew.
-pub(super) fn rescale(isa: Isa, pair: &TrainedPair, weight: &Tensor, dora: &mut Dora) {
+/// `‖W + s B A‖` of every output and `c = m / ‖W + s B A‖`.
+pub(super) fn scales(isa: Isa, pair: &TrainedPair, weight: &Tensor) -> Dora {
     let (k, out) = (pair.in_features, pair.out_features);
-    dora.norms.resize(out, 0.0);
-    dora.column_scale.resize(out, 0.0);
+    let mut dora = Dora { norms: vec![0.0; out], column_scale: vec![0.0; out] };
     let (norms, scales) = (Shared::new(dora.norms.as_mut_ptr()), Shared::new(dora.column_scale.as_mut_ptr()));
     let magnitude = &pair.weights[pair.magnitude_range()];
     let blocks: Vec<Range<usize>> = blocks(0..out, NORM_ROWS).collect();
@@ -63,6 +62,7 @@ pub(super) fn rescale(isa: Isa, pair: &TrainedPair, weight: &Tensor, dora: &mut 
             }
         }
     });
+    dora
 }
 
 /// Adds the gradients of magnitudes, `dm = Σ dy ⊙ (g · W x + B v) / ‖W + s B A‖`, and what column scales say about gates,

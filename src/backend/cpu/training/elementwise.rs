@@ -6,6 +6,12 @@ use crate::backend::cpu::simd::{Simd, multiversion};
 use crate::backend::cpu::{Buffer, Cpu, Isa};
 use crate::backend::{AttentionShape, HeadNorms, RotaryTables, Rows, Write};
 
+/// `exp(x)` for `x ≤ 0`, and NaN for NaN: what is no number must not look like one in a gradient.
+#[inline(always)]
+pub(super) fn exp_or_nan(x: f32) -> f32 {
+    if x.is_nan() { x } else { exp(x) }
+}
+
 multiversion! {
     /// The gradient of one row of [`Backend::rms_norm`](crate::backend::Backend::rms_norm). `dy` and `dx` may be the same.
     ///

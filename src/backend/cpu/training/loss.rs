@@ -1,7 +1,8 @@
 //! Cross-entropy and its gradient.
 
+use super::elementwise::exp_or_nan;
 use crate::backend::cpu::parallel::{Shared, parallel_for};
-use crate::backend::cpu::sampling::{exp, largest};
+use crate::backend::cpu::sampling::largest;
 use crate::backend::cpu::simd::{Simd, multiversion};
 use crate::backend::cpu::{Buffer, Isa};
 
@@ -24,12 +25,12 @@ unsafe fn row_body<S: Simd>(logits: &mut [f32], target: usize, weight: Option<f3
     // One sum per lane: a chain that vectors need not reorder.
     for chunk in chunks {
         for (lane, logit) in lanes.iter_mut().zip(chunk) {
-            *logit = exp(*logit - maximum);
+            *logit = exp_or_nan(*logit - maximum);
             *lane += f64::from(*logit);
         }
     }
     for (lane, logit) in lanes.iter_mut().zip(rest) {
-        *logit = exp(*logit - maximum);
+        *logit = exp_or_nan(*logit - maximum);
         *lane += f64::from(*logit);
     }
     let sum: f64 = lanes.iter().sum();

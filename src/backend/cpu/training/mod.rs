@@ -15,6 +15,8 @@ mod optimizer;
 mod product;
 mod trainee;
 
+use std::ops::Range;
+
 use super::{Buffer, Cpu, Group, Site};
 use crate::backend::training::{AdamW, Learning, Pair, PairValues, Part, Training};
 use crate::backend::{AttentionShape, BackendError, HeadNorms, RotaryTables, Rows, Write};
@@ -190,15 +192,16 @@ impl Training for Cpu {
         &mut self,
         x: &Buffer,
         picked: &[u32],
-        rows: usize,
+        span: Range<usize>,
         y: &mut Buffer,
     ) -> Result<(), BackendError> {
         assert_eq!(x.width, y.width, "widths of a scatter");
         let width = x.width;
-        y.data[..rows * width].fill(0.0);
+        y.data[span.start * width..span.end * width].fill(0.0);
         for (from, &row) in x.data.chunks_exact(width).zip(picked) {
-            assert!((row as usize) < rows, "picked rows lie among the rows");
-            y.data[row as usize * width..(row as usize + 1) * width].copy_from_slice(from);
+            let row = row as usize;
+            assert!(span.contains(&row), "picked rows lie in the span");
+            y.data[row * width..(row + 1) * width].copy_from_slice(from);
         }
         Ok(())
     }

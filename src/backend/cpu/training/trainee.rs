@@ -156,8 +156,8 @@ impl TrainedPair {
             }
             None => LowRank::with_a(a, self.out_features, self.scale),
         };
-        if let Some(mut dora) = self.dora.take() {
-            dora::rescale(isa, self, &site.weight, &mut dora);
+        if self.dora.is_some() {
+            let dora = dora::scales(isa, self, &site.weight);
             content.column_scale = Some(dora.column_scale.clone());
             self.dora = Some(dora);
         }

@@ -1,0 +1,74 @@
+//! What a tape takes is known before anything is loaded. This binary counts the bytes of every allocation.
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use common::{FAMILIES, repository};
+use loramux::backend::cpu::Cpu;
+use loramux::model::{Base, Recompute, TapeSize, Transformer};
+
+/// The system's allocator, and how many bytes are in use.
+struct Counting;
+
+static IN_USE: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is passed on to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        IN_USE.fetch_add(layout.size(), Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        IN_USE.fetch_add(layout.size(), Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        IN_USE.fetch_add(size, Ordering::Relaxed);
+        IN_USE.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        IN_USE.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn a_tape_takes_the_bytes_that_were_announced() {
+    for family in FAMILIES {
+        let base = Base::open(&repository().join("tests/golden").join(family).join("model")).unwrap();
+        let mut backend = Cpu::new(Some(1)).unwrap();
+        let transformer = Transformer::new(&mut backend, &base.config, &base.checkpoint, 64).unwrap();
+        let mut all = Vec::new();
+        for recompute in [Recompute::None, Recompute::Mlp, Recompute::Block] {
+            for (rows, sequences, logit_rows) in [(1000, 10, 64), (512, 100, 10_000)] {
+                let size = TapeSize { rows, sequences, logit_rows };
+                let announced = size.bytes(&base.config, recompute, size_of::<f32>());
+                let before = IN_USE.load(Ordering::Relaxed);
+                let tape = transformer.tape(&mut backend, size, recompute).unwrap();
+                let taken = IN_USE.load(Ordering::Relaxed) - before;
+                drop(tape);
+                // The lists of buffers themselves.
+                let lists = 8192;
+                assert!(
+                    (announced..announced + lists).contains(&taken),
+                    "{family} {recompute:?}: {announced} announced, {taken} taken"
+                );
+                all.push(announced);
+            }
+        }
+        assert!(all[0] > all[2] && all[2] > all[4], "{family}: less is kept, less is taken: {all:?}");
+    }
+}
