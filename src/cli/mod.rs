@@ -10,6 +10,7 @@ mod eval;
 mod inspect;
 mod merge;
 mod output;
+mod plan;
 mod serving;
 mod tasks;
 mod train;
@@ -69,6 +70,8 @@ enum Command {
     Merge(Box<merge::Args>),
     /// Describe a model folder, an adapter folder or a safetensors file
     Inspect(inspect::Args),
+    /// Estimate the memory of a training run or an engine
+    Plan(plan::Args),
     /// List the devices that can run a model
     Devices(devices::Args),
 }
@@ -112,6 +115,7 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args, cli.verbosity),
         Command::Merge(args) => merge::run(&args, cli.verbosity),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Devices(args) => devices::run(&args),
     };
     match result {

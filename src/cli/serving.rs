@@ -102,6 +102,12 @@ pub(crate) struct LoraModule {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LoraModules(pub Vec<LoraModule>);
 
+impl LoraModules {
+    pub fn iter(&self) -> impl Iterator<Item = &LoraModule> {
+        self.0.iter()
+    }
+}
+
 impl FromStr for LoraModules {
     type Err = String;
 
@@ -261,7 +267,7 @@ impl ModelArgs {
 
     /// All adapters that are asked for.
     fn modules(&self) -> impl Iterator<Item = &LoraModule> {
-        self.lora_modules.iter().flat_map(|modules| &modules.0)
+        self.lora_modules.iter().flat_map(LoraModules::iter)
     }
 
     /// Refuses names that cannot be served, or are given twice.

@@ -165,7 +165,7 @@ impl EngineOptions {
     ///
     /// # Errors
     /// When that is not even a page, or less than a sequence of the wanted length takes.
-    pub(super) fn cache_pages(
+    pub(crate) fn cache_pages(
         &self,
         config: &ModelConfig,
         element_bytes: usize,
@@ -209,7 +209,7 @@ impl EngineOptions {
     }
 
     /// Most tokens of a prompt and its continuation, before the cache is made.
-    pub(super) fn most_positions(&self, config: &ModelConfig) -> usize {
+    pub(crate) fn most_positions(&self, config: &ModelConfig) -> usize {
         self.max_model_len.unwrap_or(config.max_position_embeddings)
     }
 }

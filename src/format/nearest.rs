@@ -9,19 +9,24 @@ pub(crate) fn nearest<'n>(unknown: &str, known: &[&'n str]) -> Option<&'n str> {
     distances.min().filter(|(distance, name)| distance * 3 <= name.len()).map(|(_, name)| name)
 }
 
-/// Levenshtein distance in bytes: fewest insertions, deletions and substitutions.
+/// Fewest insertions, deletions, substitutions and swaps of neighbours (optimal string alignment), in bytes.
 fn edit_distance(from: &str, to: &str) -> usize {
-    let mut row: Vec<usize> = (0..=to.len()).collect();
-    for (i, a) in from.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, b) in to.bytes().enumerate() {
-            let substituted = diagonal + usize::from(a != b);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
+    let (from, to) = (from.as_bytes(), to.as_bytes());
+    let mut before: Vec<usize> = Vec::new();
+    let mut last: Vec<usize> = (0..=to.len()).collect();
+    for i in 1..=from.len() {
+        let mut row = vec![i];
+        for j in 1..=to.len() {
+            let substituted = last[j - 1] + usize::from(from[i - 1] != to[j - 1]);
+            let mut least = substituted.min(last[j] + 1).min(row[j - 1] + 1);
+            if i > 1 && j > 1 && from[i - 1] == to[j - 2] && from[i - 2] == to[j - 1] {
+                least = least.min(before[j - 2] + 1);
+            }
+            row.push(least);
         }
+        before = std::mem::replace(&mut last, row);
     }
-    row[to.len()]
+    last[to.len()]
 }
 
 #[cfg(test)]
@@ -36,6 +41,7 @@ mod tests {
             ("Temperature", Some("temperature")),
             ("maxtokens", Some("max_tokens")),
             ("topp", Some("top_p")),
+            ("tpo_p", Some("top_p")),
             ("colour", None),
             ("", None),
         ] {
@@ -43,5 +49,8 @@ mod tests {
         }
         assert_eq!(edit_distance("kitten", "sitting"), 3);
         assert_eq!(edit_distance("", "abc"), 3);
+        assert_eq!(edit_distance("abc", ""), 3);
+        assert_eq!(edit_distance("trian", "train"), 1);
+        assert_eq!(edit_distance("ca", "abc"), 3);
     }
 }

@@ -11,6 +11,7 @@ pub mod evaluate;
 pub mod folder;
 pub mod job;
 pub mod metrics;
+pub mod plan;
 pub mod report;
 pub mod run;
 pub mod sampling;
