@@ -306,6 +306,50 @@ fn an_answer_gets_no_space_that_its_text_does_not_have() {
     }
 }
 
+/// Phi-3's header tokens swallow the spaces behind them, also those that an answer begins with.
+#[test]
+fn a_header_that_swallows_an_answers_spaces_is_not_learned() {
+    let mut json: Value =
+        serde_json::from_slice(&fs::read(folder("examples/base/tokenizer.json")).unwrap()).unwrap();
+    json["added_tokens"][4]["rstrip"] = true.into();
+    let model = tempfile::tempdir().unwrap();
+    fs::write(model.path().join("tokenizer.json"), json.to_string()).unwrap();
+    let template = fs::read_to_string(folder("examples/base/chat_template.jinja")).unwrap();
+    let chat = Chat {
+        tokenizer: Tokenizer::read(model.path()).unwrap(),
+        template: ChatTemplate::new(&template, &SpecialTokens::default()).unwrap(),
+        end_tokens: vec![2],
+    };
+    let messages = super::chat(&[("user", "a"), ("assistant", "  b"), ("user", "c"), ("assistant", " d")]);
+    assert_eq!(chat.learned(&messages).unwrap(), ["b<|end|>d<|end|>"]);
+}
+
+#[test]
+fn a_completion_ends_with_one_token_that_ends_generation() {
+    let tokenizer = Tokenizer::read(folder("tests/golden/llama/model")).unwrap();
+    // `<|end_of_text|>` is 1 and the tokenizer's own, `<|eot_id|>` is 2.
+    for (end_tokens, text, end) in [
+        (&[1, 2][..], "a b", 1),
+        (&[2], "a b", 2),
+        (&[], "a b", 1),
+        (&[1, 2], "a b<|eot_id|>", 2),
+        (&[], "a b<|end_of_text|>", 1),
+    ] {
+        let encoder = Encoder::new(&tokenizer, None, end_tokens, 512).unwrap();
+        for line in [json!({"text": text}), json!({"prompt": "c", "completion": text})] {
+            let (dataset, _) = read_with(&encoder, line.to_string().as_bytes(), &OPTIONS).unwrap();
+            let tokens = &dataset.samples[0].tokens;
+            let ends: Vec<usize> =
+                (1..tokens.len()).filter(|&index| [1, 2].contains(&tokens[index])).collect();
+            assert_eq!(
+                (ends, tokens[tokens.len() - 1]),
+                (vec![tokens.len() - 1], end),
+                "{line} {end_tokens:?}"
+            );
+        }
+    }
+}
+
 #[test]
 fn ranges_of_tokens_cover_the_text() {
     let text = "  a  b\n\n\n é🙂   <|end|> \t x ";
