@@ -5,6 +5,7 @@
 //! that goes to disk appears whole or not at all.
 
 mod atomic;
+mod describe;
 mod json;
 pub mod safetensors;
 
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 pub use atomic::{write_atomic, write_text};
+pub(crate) use describe::{describe, shorten, shorten_to};
 pub use json::{parse_json, parse_text, read_json};
 
 /// Why a file could not be read or written.
@@ -85,7 +87,7 @@ pub fn sha256_file(path: &Path) -> Result<String, FormatError> {
 }
 
 /// Opens a regular file for reading; a folder, pipe or device is refused before it can block.
-fn open_regular(path: &Path) -> Result<File, FormatError> {
+pub(crate) fn open_regular(path: &Path) -> Result<File, FormatError> {
     let metadata = std::fs::metadata(path).map_err(FormatError::io(path, "open"))?;
     if !metadata.is_file() {
         return Err(FormatError::NotAFile { path: path.to_owned() });

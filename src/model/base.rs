@@ -59,6 +59,11 @@ impl Base {
         Ok(Self { folder: folder.to_owned(), name, config, checkpoint, tokenizer, chat_template })
     }
 
+    /// The model's own chat template, where it has one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.chat_template.as_ref()
+    }
+
     /// The text of a conversation `[{role, content, …}]`, by the model's own chat template.
     ///
     /// # Errors

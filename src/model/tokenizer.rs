@@ -11,11 +11,12 @@
 mod config;
 mod pieces;
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;
 
 use std::borrow::Cow;
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -115,6 +116,29 @@ impl Tokenizer {
         guarded(|| self.inner.encode_fast(text, add_special_tokens))
             .map(|encoding| encoding.get_ids().to_vec())
             .map_err(TokenizerError::Encode)
+    }
+
+    /// [`Self::encode`], with the bytes of `text` that each token stands for.
+    ///
+    /// A range begins no later than the one before it ends, so together they cover the text: what no token shows (a
+    /// space that a normaliser removed) belongs to the token behind it. The tokens of one character all have its
+    /// range; tokens that the post-processor adds have an empty one.
+    pub fn encode_with_ranges(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+    ) -> Result<(Vec<u32>, Vec<Range<usize>>), TokenizerError> {
+        let encoding =
+            guarded(|| self.inner.encode(text, add_special_tokens)).map_err(TokenizerError::Encode)?;
+        let mut covered = 0;
+        // Post-processors shorten the ranges of tokens that begin with spaces, so a start alone says little.
+        let ranges = encoding.get_offsets().iter().map(|&(start, end)| {
+            let range = start.min(covered)..end;
+            covered = covered.max(end);
+            range
+        });
+        let ranges = ranges.collect();
+        Ok((encoding.get_ids().to_vec(), ranges))
     }
 
     /// Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids that no token has are skipped.
