@@ -34,7 +34,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure> {
     let (engine, failed) = args.model.start(verbosity)?;
-    let tasks = read_tasks(&args.tasks, &args.evaluation, engine.base(), verbosity)?;
+    let tasks = read_tasks(&args.tasks, &args.evaluation, engine.base(), engine.max_model_len(), verbosity)?;
     let adapters = engine.adapters();
     let mut columns = vec![Column { title: BASE, adapter: None }];
     columns.extend(adapters.iter().map(|card| Column { title: &card.name, adapter: Some(&card.name) }));

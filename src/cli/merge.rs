@@ -105,7 +105,9 @@ pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure>
     let ingredients = args.read_ingredients(&base)?;
     let parts: Vec<Part<'_>> = ingredients.iter().map(Ingredient::part).collect();
     let tasks = match &args.tasks {
-        Some(folder) => read_tasks(folder, &args.evaluation, &base, verbosity)?,
+        Some(folder) => {
+            read_tasks(folder, &args.evaluation, &base, base.config.max_position_embeddings, verbosity)?
+        }
         None => Vec::new(),
     };
     let merge = Merge { args, options, base: &base, parts: &parts, tasks: &tasks, verbosity };

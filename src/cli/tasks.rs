@@ -1,6 +1,5 @@
 //! Evaluation on a folder of tasks, for every command that does it: `<task>/<split>.jsonl` each.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -11,7 +10,8 @@ use super::output::{Align, Table};
 use super::{Failure, Outcome, Verbosity};
 use crate::engine::Engine;
 use crate::model::Base;
-use crate::train::data::{Dataset, Sample};
+use crate::train::config::OnOverlong;
+use crate::train::data::{DataOptions, Dataset, read_dataset};
 use crate::train::evaluate::{Measures, Scores, Subject, evaluate, requests};
 
 /// What is asked, and how much of it.
@@ -20,7 +20,7 @@ pub(crate) struct EvaluationArgs {
     /// Which file of every task: SPLIT.jsonl
     #[arg(long, default_value = "test", value_name = "SPLIT")]
     pub split: String,
-    /// Samples per task; 0 takes all
+    /// Samples per task, from the first on; 0 takes all
     #[arg(long, default_value_t = 0, value_name = "N")]
     limit: usize,
     /// Most tokens of an answer
@@ -34,13 +34,21 @@ pub(crate) struct Task {
     pub dataset: Dataset,
 }
 
-/// The tasks in a folder in order of name, each with its first samples. Folders without the split are passed over.
+/// The tasks in a folder in order of name, each with its first samples, without those of `max_model_len` tokens and
+/// more. Folders without the split are passed over.
 pub(crate) fn read_tasks(
     folder: &Path,
     args: &EvaluationArgs,
     base: &Base,
+    max_model_len: usize,
     verbosity: Verbosity,
 ) -> Result<Vec<Task>, Failure> {
+    let options = DataOptions {
+        format: None,
+        max_length: max_model_len - 1,
+        on_overlong: OnOverlong::Drop,
+        packing: false,
+    };
     let unreadable = |error| Failure::Usage(format!("{}: cannot list it: {error}", folder.display()));
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).map_err(unreadable)? {
@@ -60,7 +68,10 @@ pub(crate) fn read_tasks(
             }
             continue;
         }
-        let mut dataset = read(&path, base, verbosity)?;
+        let (mut dataset, warnings) = read_dataset(&path, base, &options).map_err(Failure::usage)?;
+        for warning in warnings.iter().filter(|_| verbosity.talks()) {
+            eprintln!("note: {warning}");
+        }
         if args.limit > 0 {
             dataset.samples.truncate(args.limit);
         }
@@ -201,38 +212,4 @@ fn progress_bar(requests: usize, verbosity: Verbosity) -> ProgressBar {
     }
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} answers {per_sec} eta {eta}");
     ProgressBar::new(requests as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-}
-
-fn read(path: &Path, base: &Base, _verbosity: Verbosity) -> Result<Dataset, Failure> {
-    use crate::model::ChatOptions;
-    use crate::train::data::{Question, Target};
-    let text = fs::read_to_string(path).map_err(Failure::usage)?;
-    let mut dataset = Dataset { path: path.to_owned(), ..Dataset::default() };
-    let mut answers = BTreeMap::new();
-    for (index, line) in text.lines().enumerate() {
-        let value: Value = serde_json::from_str(line).map_err(Failure::usage)?;
-        let Some([question @ .., answer]) = value["messages"].as_array().map(Vec::as_slice) else { continue };
-        let options = ChatOptions { add_generation_prompt: true, ..ChatOptions::default() };
-        let rendered =
-            base.render_chat(&Value::Array(question.to_vec()), &options).map_err(Failure::usage)?;
-        let full = base.render_chat(&value["messages"], &ChatOptions::default()).map_err(Failure::usage)?;
-        let tokens = base.tokenizer.encode(&rendered, false).map_err(Failure::usage)?;
-        let all = base.tokenizer.encode(&full, false).map_err(Failure::usage)?;
-        let targets =
-            (tokens.len()..all.len()).map(|row| Target { row: row as u32 - 1, token: all[row] }).collect();
-        let answer = answer["content"].as_str().unwrap_or_default().trim().to_owned();
-        *answers.entry(answer.clone()).or_insert(0) += 1;
-        dataset.samples.push(Sample {
-            tokens: all,
-            targets,
-            line: index + 1,
-            question: Some(Question { tokens, answer }),
-            task: None,
-            group: value["group"].as_str().map(str::to_owned),
-        });
-    }
-    if answers.len() <= 10 {
-        dataset.classes = answers;
-    }
-    Ok(dataset)
 }

@@ -24,8 +24,9 @@
 //! probability `density` and divides it by that.
 //!
 //! Four things are not PEFT's: elements dropped are drawn by [`Philox`] from a seed; an adapter with rsLoRA in the
-//! first place gives a result of scale 1 (PEFT 0.21 writes `√r`); `svd` of one adapter lowers its rank (PEFT takes
-//! `linear` instead); and `lora_bias` is merged along as `Σ w_i s_i b_i` (PEFT leaves zeros).
+//! first place gives a result of scale 1 (PEFT 0.21 writes `√r`); one adapter alone is merged by the method too, so that
+//! `svd` lowers its rank (PEFT takes `linear` instead); and `lora_bias` is merged along as `Σ w_i s_i b_i` (PEFT leaves
+//! zeros).
 
 mod linalg;
 mod methods;
