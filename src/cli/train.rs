@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::output::print;
 use super::{Failure, Outcome, Verbosity};
 use crate::backend::cpu::Cpu;
 use crate::train::TrainError;
@@ -32,7 +33,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure> {
-    let (config, warnings) = RunConfig::read(&args.config).map_err(Failure::usage)?;
+    let (config, notes) = RunConfig::read(&args.config).map_err(Failure::usage)?;
     if config.device.starts_with("cuda") {
         let message = format!(
             "{}: `device` is {:?}; training runs on the CPU: use \"auto\" or \"cpu\"",
@@ -43,10 +44,11 @@ pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure>
     }
     let run = Run::open(config).map_err(Failure::usage)?;
     if args.dry_run {
+        print(&run.describe(&notes).map_err(Failure::usage)?)?;
         return Ok(Outcome::Done);
     }
     if verbosity.talks() {
-        for warning in warnings.iter().map(ToString::to_string).chain(run.warnings.iter().cloned()) {
+        for warning in notes.iter().chain(&run.warnings) {
             eprintln!("warning: {warning}");
         }
     }

@@ -17,6 +17,7 @@ use super::evaluate::Scores;
 use super::folder::{self, DataEntry, Existing, Found, Lock, Manifest};
 use super::job::{Job, TaskData};
 use super::metrics::{Metrics, StepLine};
+use super::plan::{self, BaseShape, JobData, Machine, PairShape};
 use super::trainer::{Seat, Trainer};
 use super::{TrainError, report};
 use crate::adapter::Adapter;
@@ -110,6 +111,32 @@ impl Run {
         let files = tasks.flat_map(|task| [&task.train, &task.valid, &task.test]).flatten();
         let longest = files.flat_map(|data| &data.samples).map(|sample| sample.tokens.len()).max();
         self.config.max_tokens_per_step.max(longest.unwrap_or(0))
+    }
+
+    /// What the run is about to do, in words; `notes` are the configuration's.
+    ///
+    /// # Errors
+    /// When the base cannot be read or evaluated on, or nothing can be drawn from a job's data.
+    pub fn describe(&self, notes: &[String]) -> Result<String, TrainError> {
+        let base = BaseShape::new(&self.base.config, &self.base.checkpoint)?;
+        let mut parts = Vec::new();
+        for job in &self.jobs {
+            let steps = Job::new(job.config.clone(), job.data.clone())?.total_steps();
+            let tasks: Vec<_> = (job.data.iter())
+                .map(|task| plan::TaskData {
+                    train: task.train.as_deref(),
+                    valid: task.valid.as_deref(),
+                    test: task.test.as_deref(),
+                    leakage: task.leakage,
+                })
+                .collect();
+            parts.push((&job.config, PairShape::of(&job.template), steps, tasks));
+        }
+        let jobs: Vec<_> = (parts.iter())
+            .map(|(config, pairs, steps, tasks)| JobData { config, pairs, steps: *steps, tasks })
+            .collect();
+        let notes: Vec<String> = notes.iter().chain(&self.warnings).cloned().collect();
+        Ok(plan::describe(&self.config, &base, &jobs, &notes, Machine::this())?)
     }
 
     /// Trains all jobs on `backend`. `answerer` generates answers for evaluations; without, losses alone are evaluated.
