@@ -30,7 +30,7 @@ fn assert_done(ran: &Ran) {
 
 #[test]
 fn the_first_twenty_questions_of_each_task_have_the_reference_accuracies() {
-    let ran = loramux(&["demo", "--limit", "20"]);
+    let ran = loramux(&["demo", "--bundled", "--limit", "20"]);
     assert_done(&ran);
     let wanted = [
         ("clause-summary", (0.0, 0.0)),
@@ -58,14 +58,31 @@ fn the_first_twenty_questions_of_each_task_have_the_reference_accuracies() {
 }
 
 #[test]
+fn fresh_adapters_are_trained_side_by_side_and_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let ran = loramux(&["demo", "--steps", "40", "--limit", "30", "-q", "--output", out.to_str().unwrap()]);
+    assert_done(&ran);
+    let accuracies = accuracies(&ran.stdout);
+    assert_eq!(accuracies.len(), 7);
+    // A fifth of the usual training is enough for the easy ones.
+    for task in ["entity-extraction", "ticket-routing"] {
+        let (base, adapter) = accuracies[task];
+        assert!(base < 10.0 && adapter > 40.0, "{task}: {base} % before, {adapter} % after");
+    }
+    assert!(out.join("report.html").exists() && out.join("general/adapter_model.safetensors").exists());
+}
+
+#[test]
 fn the_answers_do_not_depend_on_how_the_batch_is_cut_into_steps() {
     let examples = |ran: &Ran| {
         assert_done(ran);
         ran.stdout.split("rows computed").next().map(str::to_owned)
     };
-    let wide = loramux(&["demo", "--limit", "3"]);
+    let wide = loramux(&["demo", "--bundled", "--limit", "3"]);
     let narrow = loramux(&[
         "demo",
+        "--bundled",
         "--limit",
         "3",
         "--max-num-seqs",
@@ -83,12 +100,12 @@ fn the_answers_do_not_depend_on_how_the_batch_is_cut_into_steps() {
 #[test]
 fn the_examples_are_found_from_anywhere_in_the_source_or_where_a_flag_says() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut inside = command(&["demo", "--limit", "1"]);
+    let mut inside = command(&["demo", "--bundled", "--limit", "1"]);
     inside.current_dir(root.join("tests/golden"));
     assert_done(&finish(inside));
 
     let elsewhere = tempfile::tempdir().unwrap();
-    let mut told = command(&["demo", "--limit", "1", "--examples"]);
+    let mut told = command(&["demo", "--bundled", "--limit", "1", "--examples"]);
     told.arg(root.join("examples")).current_dir(elsewhere.path());
     assert_done(&finish(told));
 
@@ -109,7 +126,7 @@ fn a_task_without_its_adapter_and_a_broken_question_are_named() {
     copy_folder(&root.join("tasks/general"), &examples.join("tasks/general"));
     copy_folder(&root.join("tasks/filing-qa"), &examples.join("tasks/filing-qa"));
     let run = || {
-        let mut command = command(&["demo", "--limit", "2", "--examples"]);
+        let mut command = command(&["demo", "--bundled", "--limit", "2", "--examples"]);
         command.arg(examples);
         finish(command)
     };

@@ -60,7 +60,7 @@ impl Verbosity {
 enum Command {
     /// Answer a file of OpenAI requests, all adapters in one batch
     RunBatch(batch::Args),
-    /// Ask the bundled questions of a small base and seven adapters, all in one batch
+    /// Train seven adapters of a small base side by side, then ask all of them in one batch: the guided first run
     Demo(demo::Args),
     /// Train many adapters side by side, from one configuration file
     Train(train::Args),

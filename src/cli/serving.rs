@@ -177,6 +177,11 @@ pub(crate) struct EngineArgs {
 }
 
 impl EngineArgs {
+    /// Threads of the CPU backend, where the user said how many.
+    pub fn threads(&self) -> Option<usize> {
+        self.threads
+    }
+
     /// The options of an engine.
     ///
     /// # Errors

@@ -57,11 +57,23 @@ pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure>
         (_, true) => Existing::Resume,
         _ => Existing::Refuse,
     };
+    let results = train(run, args.threads, existing, verbosity)?;
+    let is_failed = |result: &JobResult| result.outcome == checkpoint::Outcome::Failed;
+    Ok(if results.iter().any(is_failed) { Outcome::Partly } else { Outcome::Done })
+}
+
+/// Trains the jobs of a run and writes its report; says what happens on standard error.
+pub(super) fn train(
+    run: Run,
+    threads: Option<usize>,
+    existing: Existing,
+    verbosity: Verbosity,
+) -> Result<Vec<JobResult>, Failure> {
     let out = run.config.out.clone();
-    let backend = Cpu::new(args.threads).map_err(Failure::failed)?;
+    let backend = Cpu::new(threads).map_err(Failure::failed)?;
     let asks = run.jobs.iter().any(|job| job.config.eval_max_tokens > 0);
     let answerer = match asks {
-        true => Some(EngineAnswerer::start(Arc::clone(&run.base), args.threads).map_err(Failure::failed)?),
+        true => Some(EngineAnswerer::start(Arc::clone(&run.base), threads).map_err(Failure::failed)?),
         false => None,
     };
     let answerer = answerer.as_ref().map(|answerer| answerer as _);
@@ -70,12 +82,10 @@ pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure>
     if verbosity.talks() {
         eprintln!("{}", out.display());
     }
-    let failed: Vec<&JobResult> =
-        results.iter().filter(|result| result.outcome == checkpoint::Outcome::Failed).collect();
-    for result in &failed {
+    for result in results.iter().filter(|result| result.outcome == checkpoint::Outcome::Failed) {
         eprintln!("error: job {}: {}", result.name, result.failure.as_deref().unwrap_or("failed"));
     }
-    Ok(if failed.is_empty() { Outcome::Done } else { Outcome::Partly })
+    Ok(results)
 }
 
 /// What is there already, or what another run has, is for the user to decide.

@@ -1,6 +1,6 @@
 //! The bundled examples: where they are, and the tasks among them.
 //!
-//! `base` is a model folder, `adapters/<task>` an adapter for it, `tasks/<task>/test.jsonl` one conversation per line
+//! `base` is a model folder, `train.toml` trains an adapter for every task, `adapters/<task>` is one that is trained, `tasks/<task>/test.jsonl` one conversation per line
 //! (`{"messages": [{"role", "content"}, …]}`) whose last turn is the expected answer.
 
 use std::fmt::Display;
@@ -14,6 +14,8 @@ use crate::cli::Failure;
 pub(super) const BASE: &str = "base";
 const ADAPTERS: &str = "adapters";
 const TASKS: &str = "tasks";
+/// Configuration that trains an adapter for every task.
+pub(super) const TRAINING: &str = "train.toml";
 const TEST_FILE: &str = "test.jsonl";
 
 /// A task with test questions and an adapter.

@@ -1,4 +1,5 @@
-//! `loramux demo`: every bundled test question through the bare base and through its task's adapter, in one batch.
+//! `loramux demo`: the guided first run. An adapter for every bundled task is trained, all side by side; then every test
+//! question goes through the bare base and through its task's fresh adapter, in one batch.
 //!
 //! All requests go to one engine at once, question by question around the tasks, so that the steps hold rows of the
 //! base and of all adapters side by side. Answers are greedy; one counts as right when it is the expected text but for
@@ -6,7 +7,7 @@
 
 mod examples;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,10 +15,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::output::{Align, Table, print, shorten};
 use super::serving::EngineArgs;
+use super::train::train;
 use super::{Failure, Outcome, Verbosity};
 use crate::engine::request::Request;
 use crate::engine::{Engine, Stream};
 use crate::model::{Base, ChatOptions};
+use crate::train::config::{Length, RunConfig};
+use crate::train::folder::Existing;
+use crate::train::run::Run;
 use examples::{Sample, Task};
 
 /// Most tokens of an answer.
@@ -35,6 +40,17 @@ pub(crate) struct Args {
     /// Questions per task; 0 asks all
     #[arg(long, env = "LORAMUX_LIMIT", default_value_t = 0, value_name = "N")]
     limit: usize,
+    /// Serve the bundled adapters, train none
+    #[arg(long)]
+    bundled: bool,
+    /// Optimizer steps of each adapter
+    #[arg(long, env = "LORAMUX_STEPS", default_value_t = 200, value_name = "N", conflicts_with = "bundled",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    steps: u64,
+    /// Folder for the trained adapters and the report, replaced each time [default: `loramux-demo` in the system's
+    /// temporary folder]
+    #[arg(long, env = "LORAMUX_OUTPUT", value_name = "DIR", conflicts_with = "bundled")]
+    output: Option<PathBuf>,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -42,7 +58,13 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure> {
     let options = args.engine.options()?;
     let folder = examples::find(args.examples.as_deref())?;
-    let tasks = examples::read_tasks(&folder, args.limit)?;
+    let mut tasks = examples::read_tasks(&folder, args.limit)?;
+    if !args.bundled {
+        let trained = train_adapters(args, &folder, &tasks, verbosity)?;
+        for task in &mut tasks {
+            task.adapter = trained.join(&task.name);
+        }
+    }
     let base = Base::open(&folder.join(examples::BASE)).map_err(Failure::usage)?;
     let engine = Engine::start(Arc::new(base), options).map_err(Failure::usage)?;
     for task in &tasks {
@@ -51,6 +73,35 @@ pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure>
     let served = serve(&engine, &tasks, verbosity)?;
     print(&report(&engine, &tasks, &served))?;
     Ok(Outcome::Done)
+}
+
+/// Trains an adapter for each task as the examples' own configuration says; returns the folder of the results.
+fn train_adapters(
+    args: &Args,
+    folder: &Path,
+    tasks: &[Task],
+    verbosity: Verbosity,
+) -> Result<PathBuf, Failure> {
+    let (mut config, _) = RunConfig::read(&folder.join(examples::TRAINING)).map_err(Failure::usage)?;
+    config.out = args.output.clone().unwrap_or_else(|| std::env::temp_dir().join("loramux-demo"));
+    config.jobs.retain(|job| tasks.iter().any(|task| task.name == job.name));
+    if let Some(task) = tasks.iter().find(|task| config.jobs.iter().all(|job| job.name != task.name)) {
+        let problem =
+            format!("{}: no job for the task `{}`", folder.join(examples::TRAINING).display(), task.name);
+        return Err(Failure::Usage(problem));
+    }
+    for job in &mut config.jobs {
+        job.length = Length::Steps(args.steps);
+        // The demo asks the test questions itself, of base and adapters side by side.
+        job.eval_max_tokens = 0;
+    }
+    let out = config.out.clone();
+    let run = Run::open(config).map_err(Failure::usage)?;
+    let results = train(run, args.engine.threads(), Existing::Replace, verbosity)?;
+    match results.into_iter().find_map(|result| result.failure.map(|failure| (result.name, failure))) {
+        Some((name, failure)) => Err(Failure::Failed(format!("job {name}: {failure}"))),
+        None => Ok(out),
+    }
 }
 
 /// What came back.
