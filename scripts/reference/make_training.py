@@ -104,8 +104,7 @@ def make_traces(case, seed, steps):
         rng = torch.Generator().manual_seed(zlib.crc32(f"{seed} {case.name} {folder.name}".encode()))
         job = {"name": folder.name, "lr": [1e-3, 3e-3, 5e-4][index % 3], "wd": [0.0, 0.1, 0.01][index % 3]}
         job |= {"betas": [0.9, 0.999], "eps": 1e-8, "steps": []}
-        rows = lambda: [make_row(rng, vocabulary) for _ in range(ROWS)]
-        job["steps"] = [{"rows": rows()} for _ in range(steps)]
+        job["steps"] = [{"rows": [make_row(rng, vocabulary) for _ in range(ROWS)]} for _ in range(steps)]
         model = PeftModel.from_pretrained(load(case / "model"), folder, is_trainable=True).train()
         largest = max(p.numel() for p in model.parameters() if p.requires_grad)
         table = signs(largest) if table is None or table.shape[1] < largest else table

@@ -31,7 +31,7 @@ pub struct TapeSize {
 
 impl TapeSize {
     /// Bytes of a tape, where an activation and an element of the cache take `element_bytes`. What the adapters' ranks
-    /// take comes on top: a number per row, site and rank.
+    /// take comes on top: a number per row, adapted site and rank.
     pub fn bytes(self, config: &ModelConfig, recompute: Recompute, element_bytes: usize) -> usize {
         let size = self.bounded();
         let mut elements = size.pages() * PAGE * 2 * config.kv_width();
