@@ -1,42 +1,47 @@
-//! What a tape takes is known before anything is loaded. This binary counts the bytes of every allocation.
+//! What a tape takes is known before anything is loaded. This binary counts the bytes that a thread allocates.
 
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::cell::Cell;
 
 use common::{FAMILIES, repository};
 use loramux::backend::cpu::Cpu;
 use loramux::model::{Base, Recompute, TapeSize, Transformer};
 
-/// The system's allocator, and how many bytes are in use.
+/// The system's allocator, and how many more bytes each thread has taken than given back.
 struct Counting;
 
-static IN_USE: AtomicUsize = AtomicUsize::new(0);
+thread_local! {
+    static TAKEN: Cell<usize> = const { Cell::new(0) };
+}
+
+fn count(taken: usize, given_back: usize) {
+    TAKEN.set(TAKEN.get().wrapping_add(taken).wrapping_sub(given_back));
+}
 
 // SAFETY: every call is passed on to the system's allocator as it came.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        IN_USE.fetch_add(layout.size(), Ordering::Relaxed);
+        count(layout.size(), 0);
         // SAFETY: as above.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        IN_USE.fetch_add(layout.size(), Ordering::Relaxed);
+        count(layout.size(), 0);
         // SAFETY: as above.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        IN_USE.fetch_add(size, Ordering::Relaxed);
-        IN_USE.fetch_sub(layout.size(), Ordering::Relaxed);
+        count(size, layout.size());
         // SAFETY: as above.
         unsafe { System.realloc(pointer, layout, size) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        IN_USE.fetch_sub(layout.size(), Ordering::Relaxed);
+        count(0, layout.size());
         // SAFETY: as above.
         unsafe { System.dealloc(pointer, layout) }
     }
@@ -56,9 +61,9 @@ fn a_tape_takes_the_bytes_that_were_announced() {
             for (rows, sequences, logit_rows) in [(1000, 10, 64), (512, 100, 10_000)] {
                 let size = TapeSize { rows, sequences, logit_rows };
                 let announced = size.bytes(&base.config, recompute, size_of::<f32>());
-                let before = IN_USE.load(Ordering::Relaxed);
+                let before = TAKEN.get();
                 let tape = transformer.tape(&mut backend, size, recompute).unwrap();
-                let taken = IN_USE.load(Ordering::Relaxed) - before;
+                let taken = TAKEN.get() - before;
                 drop(tape);
                 // The lists of buffers themselves.
                 let lists = 8192;

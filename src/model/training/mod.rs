@@ -44,7 +44,8 @@ pub struct RowTarget {
 }
 
 impl<B: Training> Transformer<B> {
-    /// Appends a sample as the next sequence of a training batch, for the adapter in `slot` (`None`: for the base alone).
+    /// Appends a sample, of at most as many tokens as the transformer has positions, as the next sequence of a training
+    /// batch for the adapter in `slot` (`None`: for the base alone).
     pub fn push_sample(&self, rows: &mut Rows, tokens: &[u32], slot: Option<u32>) {
         let first = rows.pages.len() as u32;
         let pages: Vec<u32> = (first..first + tokens.len().div_ceil(PAGE) as u32).collect();
@@ -184,7 +185,8 @@ impl<B: Training> Transformer<B> {
     /// Forward and backward: appends the loss (nats) of every target in order, and adds the batch's gradients to those
     /// of the trainees in the slots that its rows use. Begins the backend's step by itself.
     ///
-    /// However a job's samples are cut into batches, in the same order, its gradients have the same bits.
+    /// However a job's samples are cut into batches, in the same order, its gradients have the same bits. Of a batch
+    /// without targets nothing is computed.
     ///
     /// # Errors
     /// When the backend fails; gradients are incomplete then.
