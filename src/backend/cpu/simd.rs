@@ -136,6 +136,11 @@ impl Element for F32 {
         // SAFETY: passed on to the caller.
         unsafe { S::load(from.cast()) }
     }
+    #[inline(always)]
+    unsafe fn load_partial<S: Simd>(from: *const u8, count: usize) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { S::load_partial(from.cast(), count) }
+    }
 }
 
 impl Element for BF16 {
@@ -216,6 +221,14 @@ impl Simd for Avx512 {
             Avx2::sum(_mm256_add_ps(_mm512_castps512_ps256(v), upper))
         }
     }
+    #[inline(always)]
+    unsafe fn load_partial(from: *const f32, count: usize) -> __m512 {
+        unsafe { _mm512_maskz_loadu_ps((1 << count) - 1, from) }
+    }
+    #[inline(always)]
+    unsafe fn store_partial(to: *mut f32, v: __m512, count: usize) {
+        unsafe { _mm512_mask_storeu_ps(to, (1 << count) - 1, v) }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -276,6 +289,25 @@ impl Simd for Avx2 {
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
         }
+    }
+    #[inline(always)]
+    unsafe fn load_partial(from: *const f32, count: usize) -> __m256 {
+        unsafe { _mm256_maskload_ps(from, first_lanes(count)) }
+    }
+    #[inline(always)]
+    unsafe fn store_partial(to: *mut f32, v: __m256, count: usize) {
+        unsafe { _mm256_maskstore_ps(to, first_lanes(count), v) }
+    }
+}
+
+/// A mask of the first `count` of eight lanes.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn first_lanes(count: usize) -> __m256i {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), lanes)
     }
 }
 

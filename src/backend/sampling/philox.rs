@@ -22,12 +22,21 @@ impl Philox {
 
     /// Four random words for one counter value.
     pub fn block(self, counter: [u32; 4]) -> [u32; 4] {
+        self.blocks(counter.map(|word| [word])).map(|[word]| word)
+    }
+
+    /// Four random words for each of `N` counter values, written so that the compiler computes them side by side: word
+    /// `w` of value `i` lies at `[w][i]`, in counters and results.
+    #[inline(always)]
+    pub fn blocks<const N: usize>(self, counters: [[u32; N]; 4]) -> [[u32; N]; 4] {
         let [mut key_0, mut key_1] = self.key;
-        let [mut a, mut b, mut c, mut d] = counter;
+        let [mut a, mut b, mut c, mut d] = counters;
         for _ in 0..ROUNDS {
-            let [low_0, high_0] = words(u64::from(MULTIPLIERS[0]) * u64::from(a));
-            let [low_1, high_1] = words(u64::from(MULTIPLIERS[1]) * u64::from(c));
-            [a, b, c, d] = [high_1 ^ b ^ key_0, low_1, high_0 ^ d ^ key_1, low_0];
+            for i in 0..N {
+                let [low_0, high_0] = words(u64::from(MULTIPLIERS[0]) * u64::from(a[i]));
+                let [low_1, high_1] = words(u64::from(MULTIPLIERS[1]) * u64::from(c[i]));
+                [a[i], b[i], c[i], d[i]] = [high_1 ^ b[i] ^ key_0, low_1, high_0 ^ d[i] ^ key_1, low_0];
+            }
             key_0 = key_0.wrapping_add(KEY_STEPS[0]);
             key_1 = key_1.wrapping_add(KEY_STEPS[1]);
         }

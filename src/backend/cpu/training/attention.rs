@@ -211,18 +211,49 @@ unsafe fn softmax_row_body<S: Simd>(
     scale: f32,
 ) {
     let maximum = largest(scores);
-    let mut sum = 0f32;
     for score in &mut *scores {
         *score = exp_or_nan((*score - maximum) * scale);
-        sum += *score;
     }
-    let mut along = 0f32;
-    for (y, dy) in y.iter().zip(dy) {
-        along += y * dy;
-    }
+    // SAFETY: the lengths are those of the slices.
+    let (sum, along) = unsafe { (sum::<S>(scores), dot::<S>(y, dy)) };
     let norm = 1.0 / sum;
     for (p, ds) in scores.iter_mut().zip(d_scores) {
         *p *= norm;
         *ds = *p * (*ds - along) * scale;
+    }
+}
+
+#[inline(always)]
+unsafe fn sum<S: Simd>(values: &[f32]) -> f32 {
+    let whole = values.len() / S::LANES * S::LANES;
+    // SAFETY: passed on from the caller.
+    unsafe {
+        let mut sums = S::zero();
+        for i in (0..whole).step_by(S::LANES) {
+            sums = S::add(sums, S::load(values.as_ptr().add(i)));
+        }
+        if whole < values.len() {
+            sums = S::add(sums, S::load_partial(values.as_ptr().add(whole), values.len() - whole));
+        }
+        S::sum(sums)
+    }
+}
+
+#[inline(always)]
+unsafe fn dot<S: Simd>(one: &[f32], other: &[f32]) -> f32 {
+    let whole = one.len() / S::LANES * S::LANES;
+    let rest = one.len() - whole;
+    let (one, other) = (one.as_ptr(), other.as_ptr());
+    // SAFETY: passed on from the caller.
+    unsafe {
+        let mut sums = S::zero();
+        for i in (0..whole).step_by(S::LANES) {
+            sums = S::fma(S::load(one.add(i)), S::load(other.add(i)), sums);
+        }
+        if rest > 0 {
+            let (one, other) = (one.add(whole), other.add(whole));
+            sums = S::fma(S::load_partial(one, rest), S::load_partial(other, rest), sums);
+        }
+        S::sum(sums)
     }
 }

@@ -76,19 +76,8 @@ pub(super) fn magnitudes(backward: &Backward<'_>, products: &mut Vec<f32>, learn
             continue;
         }
         frozen_products(backward, user, products);
-        let (out, gates) = (user.out_features, backward.gates.values());
-        let gate = |index: usize| user.gate + index * user.gate_stride;
-        let rows = user.rows.clone().zip(products.chunks_exact_mut(out)).enumerate();
-        for (index, (row, product)) in rows {
-            let dy = &backward.dy.data[row * backward.dy.width + user.column..][..out];
-            if let Some(all) = &mut learning.gate_gradients {
-                let mut sum = 0.0;
-                for ((dy, scale), product) in dy.iter().zip(scales).zip(&*product) {
-                    sum += dy * (scale - 1.0) * product;
-                }
-                all[gate(index)] += sum;
-            }
-            product.iter_mut().for_each(|product| *product *= gates[gate(index)]);
+        if let Some(gradients) = &mut learning.gate_gradients {
+            add_gates(backward, user, scales, products, gradients);
         }
         if let Some(pair) = pair {
             add_magnitude(backward, user, products, pair);
@@ -125,18 +114,42 @@ fn frozen_products(backward: &Backward<'_>, user: &Use<'_>, products: &mut Vec<f
     });
 }
 
-/// Goes on from `g · W x` over the ranks, then adds up the rows, one after another.
+fn add_gates(
+    backward: &Backward<'_>,
+    user: &Use<'_>,
+    scales: &[f32],
+    products: &[f32],
+    gradients: &mut [f32],
+) {
+    let products = products.chunks_exact(user.out_features);
+    for (index, (row, products)) in user.rows.clone().zip(products).enumerate() {
+        let dy = &backward.dy.data[row * backward.dy.width + user.column..];
+        let terms =
+            dy.iter().zip(scales).zip(products).map(|((dy, scale), product)| dy * (scale - 1.0) * product);
+        gradients[user.gate + index * user.gate_stride] += terms.sum::<f32>();
+    }
+}
+
+/// Goes on from `W x` to `g · W x + B v`, then adds up the rows, one after another.
 fn add_magnitude(backward: &Backward<'_>, user: &Use<'_>, products: &mut [f32], pair: &mut TrainedPair) {
     let (rows, out) = (user.rows.len(), user.out_features);
     let range = pair.magnitude_range();
     let dora = pair.dora.as_ref().expect("a pair with a magnitude");
-    let b = pair.weights[pair.b_range()].as_ptr();
+    let b = Shared::new(pair.weights[pair.b_range()].as_ptr().cast_mut());
     let gradients = Shared::new(pair.gradients[range].as_mut_ptr());
     let products = Shared::new(products.as_mut_ptr());
     let columns: Vec<Range<usize>> = blocks(0..out, PRODUCT_COLUMNS).collect();
-    let b = Shared::new(b.cast_mut());
     parallel_for(columns.len(), rows * out * (pair.rank + 1), |index| {
         let columns = columns[index].clone();
+        // SAFETY: these columns of all rows are this piece's.
+        let own = |row: usize| unsafe {
+            let first = products.get().add(row * out + columns.start);
+            std::slice::from_raw_parts_mut(first, columns.len())
+        };
+        for row in 0..rows {
+            let gate = backward.gates.values()[user.gate + row * user.gate_stride];
+            own(row).iter_mut().for_each(|product| *product *= gate);
+        }
         let product = Product {
             p: backward.v.as_ptr().wrapping_add(user.v),
             p_row: user.v_stride,
@@ -152,15 +165,15 @@ fn add_magnitude(backward: &Backward<'_>, user: &Use<'_>, products: &mut [f32], 
             write: Write::Add,
         };
         // SAFETY: B transposed is `[rank, out]`, the products `[rows, out]`; these columns are this piece's.
-        unsafe { accumulate(backward.isa, &product) };
+        let gradients = unsafe {
+            accumulate(backward.isa, &product);
+            std::slice::from_raw_parts_mut(gradients.get().add(columns.start), columns.len())
+        };
         for row in 0..rows {
             let dy = &backward.dy.data[(user.rows.start + row) * backward.dy.width + user.column..];
-            for n in columns.clone() {
-                // SAFETY: as above.
-                unsafe {
-                    let gradient = gradients.get().add(n);
-                    *gradient += dy[n] * *products.get().add(row * out + n) / dora.norms[n];
-                }
+            let terms = dy[columns.clone()].iter().zip(own(row)).zip(&dora.norms[columns.clone()]);
+            for (gradient, ((dy, product), norm)) in gradients.iter_mut().zip(terms) {
+                *gradient += dy * *product / norm;
             }
         }
     });

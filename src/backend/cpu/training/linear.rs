@@ -18,9 +18,14 @@ use crate::backend::training::Learning;
 use crate::backend::{CHUNK, Gates, SitePlace, Write};
 use crate::tensor::{DType, Tensor};
 
-/// Rows and columns of a block of the input's gradient, and columns of one of a parameter's.
-const ROW_BLOCK: usize = 96;
+/// Columns of a block of the input's gradient, and of a parameter's.
 const COLUMN_BLOCK: usize = 64;
+
+/// Rows of a block of the input's gradient where there are few blocks of columns to share out, and where there are many:
+/// the more rows, the less often a weight is read.
+const ROW_BLOCK: usize = 96;
+const TALL_ROW_BLOCK: usize = 288;
+const MANY_COLUMN_BLOCKS: usize = 16;
 
 /// Memory that is kept from step to step.
 #[derive(Default)]
@@ -123,6 +128,7 @@ fn list_uses<'a>(
 
 /// Fills in what dropout leaves of the input of every use.
 fn drop_inputs(
+    isa: Isa,
     uses: &[Use<'_>],
     number: usize,
     x: &Buffer,
@@ -155,11 +161,8 @@ fn drop_inputs(
                     std::slice::from_raw_parts_mut(row(dropped), k),
                 )
             };
-            dropout::factors(row_keys[row], place, probability, factors);
             let x = &x.data[row * k..(row + 1) * k];
-            for ((to, x), factor) in dropped.iter_mut().zip(x).zip(factors) {
-                *to = x * *factor;
-            }
+            dropout::drop_row(isa, row_keys[row], place, probability, x, factors, dropped);
         });
     }
 }
@@ -183,7 +186,7 @@ pub(super) fn linear_kept(
 ) {
     let mut workspace = std::mem::take(&mut cpu.training);
     let uses = list_uses(&group.0, number, learning.gates, learning.trainees);
-    drop_inputs(&uses, number, x, learning.row_keys, learning.trainees, &mut workspace);
+    drop_inputs(cpu.isa, &uses, number, x, learning.row_keys, learning.trainees, &mut workspace);
     let dropped = workspace.dropped.as_ptr();
     let input = |site: usize, run: &crate::backend::GateRun, expert: usize| {
         let gate = learning.gates.first_value(run) + expert;
@@ -215,7 +218,7 @@ pub(super) fn linear_backward(
     assert!(sites.iter().all(|site| site.experts.in_features == x.width), "input width");
     let mut workspace = std::mem::take(&mut cpu.training);
     let mut uses = list_uses(sites, number, gates, learning.trainees);
-    drop_inputs(&uses, number, x, learning.row_keys, learning.trainees, &mut workspace);
+    drop_inputs(cpu.isa, &uses, number, x, learning.row_keys, learning.trainees, &mut workspace);
     scale_outputs(&mut uses, dy, learning.trainees, &mut workspace.scaled);
     let backward = Backward { isa: cpu.isa, sites, uses, gates, x, v: &ranks.v, dy };
     backward.ranks(&mut workspace, learning);
@@ -231,24 +234,27 @@ pub(super) fn linear_backward(
 /// Fills in the output gradients of pairs with a magnitude times their column scale.
 fn scale_outputs(uses: &mut [Use<'_>], dy: &Buffer, trainees: &[Option<Trainee>], scaled: &mut Vec<f32>) {
     let mut len = 0;
-    for user in uses.iter_mut() {
-        let Some(scales) = &user.expert.column_scale else { continue };
-        if user
-            .pair
-            .is_none_or(|pair| trainees[user.slot].as_ref().is_none_or(|t| t.pairs[pair].dora.is_none()))
-        {
-            continue;
-        }
+    let has_magnitude = |user: &Use<'_>| {
+        let trainee = trainees.get(user.slot).and_then(Option::as_ref);
+        trainee.zip(user.pair).is_some_and(|(trainee, pair)| trainee.pairs[pair].dora.is_some())
+    };
+    for user in uses.iter_mut().filter(|user| has_magnitude(user)) {
         user.scaled = Some(len);
-        grow(scaled, len + user.rows.len() * user.out_features);
-        for row in user.rows.clone() {
-            let from = &dy.data[row * dy.width + user.column..][..user.out_features];
-            let to = &mut scaled[len..len + user.out_features];
+        len += user.rows.len() * user.out_features;
+    }
+    grow(scaled, len);
+    let scaled = Shared::new(scaled.as_mut_ptr());
+    for user in uses {
+        let (Some(start), Some(scales)) = (user.scaled, &user.expert.column_scale) else { continue };
+        let out = user.out_features;
+        parallel_for(user.rows.len(), user.rows.len() * out, |index| {
+            let from = &dy.data[(user.rows.start + index) * dy.width + user.column..];
+            // SAFETY: this piece's row of what has been grown to hold all.
+            let to = unsafe { std::slice::from_raw_parts_mut(scaled.get().add(start + index * out), out) };
             for ((to, from), scale) in to.iter_mut().zip(from).zip(scales) {
                 *to = from * scale;
             }
-            len += user.out_features;
-        }
+        });
     }
 }
 
@@ -496,27 +502,33 @@ impl Backward<'_> {
 
     /// The output gradients of rows with column scales, times these: site after site, run after run.
     fn scale_frozen(&self, frozen: &mut Vec<f32>) {
-        frozen.clear();
-        let mut column = 0;
+        let (mut column, mut start) = (0, 0);
         for site in self.sites {
             let out = site.experts.out_features;
-            for run in self.gates.runs().iter().filter(|run| is_scaled(site, self.gates.experts_of(run))) {
-                for row in run.rows.clone() {
-                    let start = frozen.len();
-                    frozen.resize(start + out, 1.0);
-                    let to = &mut frozen[start..];
-                    for (&slot, gate) in self.gates.experts_of(run).iter().zip(self.gates.gates_of(run, row))
-                    {
-                        if let Some(scales) = column_scale(site, slot) {
-                            for (to, scale) in to.iter_mut().zip(scales) {
-                                *to += gate * (scale - 1.0);
-                            }
+            for run in self.gates.runs() {
+                let experts = self.gates.experts_of(run);
+                if !is_scaled(site, experts) {
+                    continue;
+                }
+                grow(frozen, start + run.rows.len() * out);
+                let all = Shared::new(frozen.as_mut_ptr());
+                parallel_for(run.rows.len(), run.rows.len() * out * (experts.len() + 1), |index| {
+                    let row = run.rows.start + index;
+                    // SAFETY: this piece's row of what has been grown to hold all.
+                    let to =
+                        unsafe { std::slice::from_raw_parts_mut(all.get().add(start + index * out), out) };
+                    to.fill(1.0);
+                    for (&slot, gate) in experts.iter().zip(self.gates.gates_of(run, row)) {
+                        let Some(scales) = column_scale(site, slot) else { continue };
+                        for (to, scale) in to.iter_mut().zip(scales) {
+                            *to += gate * (scale - 1.0);
                         }
                     }
                     for (to, dy) in to.iter_mut().zip(&self.dy.data[row * self.dy.width + column..]) {
                         *to *= dy;
                     }
-                }
+                });
+                start += run.rows.len() * out;
             }
             column += out;
         }
@@ -532,8 +544,9 @@ impl Backward<'_> {
             .filter_map(|user| Some((self.rank_part(user, workspace, Write::Replace), user.dropped?)))
             .collect();
         let (rows, k) = (self.gates.rows(), dx.width);
-        let row_blocks: Vec<Range<usize>> = blocks(0..rows, ROW_BLOCK).collect();
         let column_blocks = k.div_ceil(COLUMN_BLOCK);
+        let row_block = if column_blocks < MANY_COLUMN_BLOCKS { ROW_BLOCK } else { TALL_ROW_BLOCK };
+        let row_blocks: Vec<Range<usize>> = blocks(0..rows, row_block).collect();
         let output = Shared::new(dx.data.as_mut_ptr());
         let factors = &workspace.factors;
         let isa = self.isa;
@@ -545,22 +558,11 @@ impl Backward<'_> {
                 // SAFETY: parts lie within their buffers; this piece alone writes this block.
                 unsafe { part.add(isa, rows.clone(), columns.clone(), k, output.get(), k) };
             }
-            let mut ranks = [0f32; ROW_BLOCK * COLUMN_BLOCK];
             for (part, start) in &dropped {
-                let to = ranks.as_mut_ptr().wrapping_sub(rows.start * COLUMN_BLOCK + columns.start);
-                // SAFETY: as above; the block holds all rows and columns.
-                unsafe { part.add(isa, rows.clone(), columns.clone(), k, to, COLUMN_BLOCK) };
-                for row in overlap(&part.rows, &rows) {
-                    let factors = &factors[start + (row - part.rows.start) * k..][columns.clone()];
-                    let ranks = &ranks[(row - rows.start) * COLUMN_BLOCK..][..columns.len()];
-                    // SAFETY: this piece's block.
-                    let dx = unsafe {
-                        let start = output.get().add(row * k + columns.start);
-                        std::slice::from_raw_parts_mut(start, columns.len())
-                    };
-                    for ((dx, rank), factor) in dx.iter_mut().zip(ranks).zip(factors) {
-                        *dx += rank * factor;
-                    }
+                let factors = &factors[*start..];
+                for rows in blocks(overlap(&part.rows, &rows), ROW_BLOCK) {
+                    // SAFETY: as above.
+                    unsafe { part.add_dropped(isa, rows, columns.clone(), k, factors, output.get()) };
                 }
             }
         });
@@ -662,5 +664,30 @@ impl Part {
         };
         // SAFETY: passed on from the caller.
         unsafe { accumulate(isa, &product) };
+    }
+
+    /// Computes what this part adds to a block of dx `[rows, k]` through a mask: `factors` are those of its own rows.
+    unsafe fn add_dropped(
+        &self,
+        isa: Isa,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        k: usize,
+        factors: &[f32],
+        dx: *mut f32,
+    ) {
+        let mut block = [0f32; ROW_BLOCK * COLUMN_BLOCK];
+        let first = block.as_mut_ptr().wrapping_sub(rows.start * COLUMN_BLOCK + columns.start);
+        // SAFETY: passed on from the caller; the block holds all rows and columns.
+        unsafe { self.add(isa, rows.clone(), columns.clone(), k, first, COLUMN_BLOCK) };
+        for (row, block) in rows.zip(block.chunks_exact(COLUMN_BLOCK)) {
+            let factors = &factors[(row - self.rows.start) * k..][columns.clone()];
+            // SAFETY: passed on from the caller.
+            let dx =
+                unsafe { std::slice::from_raw_parts_mut(dx.add(row * k + columns.start), columns.len()) };
+            for ((dx, value), factor) in dx.iter_mut().zip(block).zip(factors) {
+                *dx += value * factor;
+            }
+        }
     }
 }

@@ -21,7 +21,7 @@ const PANEL_COLUMNS: usize = 64;
 const PANEL_DEPTH: usize = 96;
 
 /// Up to so many rows, f32 weights are read where they lie.
-const DIRECT_ROWS: usize = 12;
+const DIRECT_ROWS: usize = 24;
 
 /// `Y (+)= P W` for some rows and columns.
 pub struct Product {

@@ -3,6 +3,7 @@
 use super::reference::{Change, Exact, ExactChange, ExactPair, Problem, mask, random_pair};
 use super::{TOLERANCE, assert_gradient, to_f64};
 use crate::backend::ExpertWeights;
+use crate::backend::cpu::Isa;
 use crate::backend::cpu::tests::{Random, backends};
 use crate::backend::cpu::training::dropout;
 
@@ -201,9 +202,11 @@ fn dropout_has_the_same_mask_forward_and_backward() {
 fn dropout_drops_its_share_at_every_place_by_another_mask() {
     let k = 4003;
     let factors = |key: u64, place: u32, probability: f32| {
-        let mut to = vec![0f32; k];
-        dropout::factors(key, place, probability, &mut to);
-        to
+        let [mut factors, mut dropped] = [0; 2].map(|_| vec![9f32; k]);
+        let x: Vec<f32> = (0..k).map(|i| 1.0 + i as f32).collect();
+        dropout::drop_row(Isa::available()[0], key, place, probability, &x, &mut factors, &mut dropped);
+        assert!(dropped.iter().zip(&x).zip(&factors).all(|((dropped, x), factor)| *dropped == x * factor));
+        factors
     };
     for probability in [0.05f32, 0.3, 0.75] {
         let drawn = factors(7, 5, probability);
