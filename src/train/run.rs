@@ -477,8 +477,10 @@ impl<B: Training> Hall<'_, B> {
                     steps: job.state.step,
                     losses: job.losses,
                     tokens: job.tokens,
-                    failure: (job.state.outcome == Some(Outcome::Failed))
-                        .then(|| format!("{} steps had a gradient that is not finite", job.state.bad_steps)),
+                    failure: (job.state.outcome == Some(Outcome::Failed)).then(|| {
+                        let (steps, tensors) = (job.state.bad_steps, few(&job.skipped));
+                        format!("{steps} steps had a gradient that is not finite, the last in {tensors}")
+                    }),
                     evaluations: std::mem::take(&mut job.evaluations),
                 };
                 (self.observer)(Event::Ended { job: &name, result: &result });
