@@ -1,7 +1,7 @@
 //! Training data: JSON Lines in, token sequences with their trainable rows out.
 //!
 //! A file holds one sample a line, all in one format, which is recognised from the keys of the first line or named
-//! ([`Format`](super::config::Format)):
+//! ([`Format`]):
 //!
 //! | format | keys | learned |
 //! |---|---|---|

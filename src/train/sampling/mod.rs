@@ -333,7 +333,7 @@ impl Order {
 
 /// A number below `limit` from 64 random bits.
 fn below(bits: u64, limit: u64) -> u64 {
-    (u128::from(bits) * u128::from(limit) >> 64) as u64
+    ((u128::from(bits) * u128::from(limit)) >> 64) as u64
 }
 
 fn check(plan: &SamplingPlan) -> Result<(), SamplingError> {

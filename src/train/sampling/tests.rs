@@ -45,7 +45,7 @@ fn assert_shares(counts: &[f64], shares: &[f64]) {
 fn error(change: impl FnOnce(&mut SamplingPlan)) -> String {
     let mut plan = plan(Sampling::Proportional, &[10, 20]);
     change(&mut plan);
-    Sampler::new(plan).err().expect("the plan is refused").to_string()
+    Sampler::new(plan).expect_err("the plan is refused").to_string()
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn one_task_is_seen_once_per_epoch() {
 
 #[test]
 fn within_a_pass_no_sample_of_any_task_comes_twice() {
-    let mut passes = vec![vec![0u64; 70], vec![0; 30]];
+    let mut passes = [vec![0u64; 70], vec![0; 30]];
     for draw in batches(plan(Sampling::Uniform, &[70, 30])).concat() {
         passes[draw.task][draw.sample] += 1;
         let (least, most) = passes[draw.task]
