@@ -158,7 +158,7 @@ fn optimizer(keys: &JobKeys) -> OptimizerConfig {
     }
 }
 
-/// A sample runs in one step.
+/// A sample runs in one step: a length that is asked for has to fit.
 fn max_length(run: &Run, keys: &JobKeys) -> Result<usize, ConfigError> {
     match keys.max_length {
         // What a job computes does not depend on how much fits a step: a longer sample has one to itself.

@@ -19,7 +19,6 @@ use std::path::PathBuf;
 use crate::format::FormatError;
 
 pub use crate::model::Recompute;
-
 pub use words::Word;
 
 /// Why a configuration was refused.

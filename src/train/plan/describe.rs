@@ -91,10 +91,21 @@ pub fn verdict(estimate: &Estimate, machine: Option<Machine>) -> String {
 
 fn table_of_jobs(base: &BaseShape, jobs: &[JobData<'_>]) -> String {
     use Align::{Left, Right};
-    let mut table = Table::new(&[Left, Left, Right, Right, Right, Right, Right, Right, Right]);
-    table.row(["job", "starts from", "rank", "sites", "parameters", "lr", "batch", "epochs", "steps"]);
+    let mut table = Table::new(&[Left, Left, Right, Right, Right, Right, Right, Right, Right, Right]);
+    table.row([
+        "job",
+        "starts from",
+        "rank",
+        "sites",
+        "parameters",
+        "lr",
+        "batch",
+        "length",
+        "epochs",
+        "steps",
+    ]);
     for job in jobs {
-        let JobConfig { name, adapter, optimizer, batch_size, length, .. } = job.config;
+        let JobConfig { name, adapter, optimizer, batch_size, max_length, length, .. } = job.config;
         let start = match adapter {
             AdapterConfig::Fresh { .. } => "base".to_owned(),
             AdapterConfig::From { folder, .. } => folder.display().to_string(),
@@ -117,6 +128,7 @@ fn table_of_jobs(base: &BaseShape, jobs: &[JobData<'_>]) -> String {
             parameters.to_string(),
             optimizer.lr.to_string(),
             batch_size.to_string(),
+            max_length.min(&base.config.max_position_embeddings).to_string(),
             epochs,
             job.steps.to_string(),
         ]);
@@ -161,47 +173,54 @@ fn table_of_data(jobs: &[JobData<'_>]) -> String {
 fn memory(run: &RunConfig, base: &BaseShape, jobs: &[JobData<'_>]) -> Result<Estimate, EngineError> {
     let shapes: Vec<JobShape> =
         jobs.iter().map(|job| JobShape::new(job.config, job.pairs.to_vec())).collect();
-    let mut trained: Vec<usize> = jobs.iter().map(most_rows_of_batch).collect();
-    trained.sort_unstable_by(|one, other| other.cmp(one));
+    let files =
+        || jobs.iter().flat_map(|job| job.tasks).flat_map(TaskData::files).filter_map(|(_, data, _)| data);
+    let mut batches: Vec<usize> = jobs.iter().map(most_rows_of_batch).collect();
+    batches.sort_unstable_by(|one, other| other.cmp(one));
+    let trained = batches.iter().take(run.max_concurrent_jobs).sum();
     let evaluated = jobs.iter().flat_map(|job| job.tasks).flat_map(|task| [task.valid, task.test]).flatten();
     let evaluated = evaluated.map(|data| data.counts.tokens).max().unwrap_or(0);
-    let rows = trained.iter().take(run.max_concurrent_jobs).sum::<usize>().max(evaluated);
-    let trained = jobs.iter().flat_map(|job| job.tasks).filter_map(|task| task.train);
-    let (samples, tokens) = trained
+    // A sample that is longer than steps are to be has one to itself.
+    let longest = files().map(longest_sample).max().unwrap_or(0);
+    let limit = run.max_tokens_per_step.max(longest);
+    let (samples, tokens) = files()
         .fold((0, 0), |(samples, tokens), data| (samples + data.samples.len(), tokens + data.counts.tokens));
-    let mean_length = tokens / samples.max(1);
-    let step = Step { rows: rows.min(run.max_tokens_per_step), mean_length, ..Step::of(run, base) };
+    let step = Step {
+        limit,
+        rows: limit.min(evaluated.max(trained)),
+        mean_length: tokens / samples.max(1),
+        ..Step::of(run, base)
+    };
     let evaluation = Evaluation::of(run, base).map(|_| Evaluation { tokens: most_tokens_asked(jobs) });
     let mut estimate = training(base, step, &shapes, evaluation)?;
     let mut seen: HashSet<&Path> = HashSet::new();
-    let files =
-        jobs.iter().flat_map(|job| job.tasks).flat_map(TaskData::files).filter_map(|(_, data, _)| data);
-    let files = files.filter(|data| seen.insert(&data.path));
-    estimate.add("data", "samples", files.map(data_bytes).sum());
+    let once = files().filter(|data| seen.insert(&data.path));
+    estimate.add("data", "samples", once.map(data_bytes).sum());
     Ok(estimate)
 }
 
 /// Rows of a job's largest batch, at most.
 fn most_rows_of_batch(job: &JobData<'_>) -> usize {
-    let samples = job.tasks.iter().filter_map(|task| task.train).flat_map(|data| &data.samples);
-    samples.map(|sample| sample.tokens.len()).max().unwrap_or(0).saturating_mul(job.config.batch_size)
+    let longest = job.tasks.iter().filter_map(|task| task.train).map(longest_sample).max();
+    longest.unwrap_or(0).saturating_mul(job.config.batch_size)
 }
 
-/// Tokens of the questions and answers that are in an engine at a time, at most.
+fn longest_sample(data: &Dataset) -> usize {
+    data.samples.iter().map(|sample| sample.tokens.len()).max().unwrap_or(0)
+}
+
+/// Tokens of the questions and answers that are in an engine at a time, at most: one job's.
 fn most_tokens_asked(jobs: &[JobData<'_>]) -> usize {
-    let together = EngineOptions::default().max_num_seqs;
-    let mut most = 0;
-    for job in jobs.iter().filter(|job| job.config.eval_max_tokens > 0) {
-        for data in job.tasks.iter().flat_map(|task| [task.valid, task.test]).flatten() {
-            let questions = data.samples.iter().filter_map(|sample| sample.question.as_ref());
-            let mut tokens: Vec<usize> = questions
-                .map(|question| (question.tokens.len() + job.config.eval_max_tokens).next_multiple_of(PAGE))
-                .collect();
-            tokens.sort_unstable_by(|one, other| other.cmp(one));
-            most = most.max(tokens.iter().take(together).sum());
-        }
-    }
-    most
+    let of_job = |job: &JobData<'_>| -> usize {
+        let most = job.config.eval_max_tokens;
+        let files = job.tasks.iter().flat_map(|task| [task.valid, task.test]).flatten();
+        let questions = files.flat_map(|data| &data.samples).filter_map(|sample| sample.question.as_ref());
+        let tokens = questions.map(|question| (question.tokens.len() + most).next_multiple_of(PAGE));
+        let mut tokens: Vec<usize> = tokens.collect();
+        tokens.sort_unstable_by(|one, other| other.cmp(one));
+        tokens.iter().take(EngineOptions::default().max_num_seqs).sum()
+    };
+    jobs.iter().filter(|job| job.config.eval_max_tokens > 0).map(of_job).max().unwrap_or(0)
 }
 
 /// Bytes of a data set in memory.

@@ -33,7 +33,8 @@ fn shape(base: &BaseShape, rank: usize) -> JobShape {
     JobShape { name: format!("rank {rank}"), pairs, slots: 1, drops: false, keeps_best: false }
 }
 
-const STEP: Step = Step { rows: 2048, mean_length: 64, recompute: Recompute::Block, concurrent: 16 };
+const STEP: Step =
+    Step { limit: 4096, rows: 2048, mean_length: 64, recompute: Recompute::Block, concurrent: 16 };
 
 fn total(base: &BaseShape, step: Step, jobs: &[JobShape]) -> u64 {
     training(base, step, jobs, None).unwrap().total()
@@ -228,8 +229,8 @@ fn a_run_is_described_with_its_data_and_its_memory() {
         "base m",
         "output o",
         "step up to 256 rows of up to 2 jobs, recompute none",
-        "a base 8 35 122240 0.001 2 7",
-        "b base 8 5 12800 0.0002 16 2 11",
+        "a base 8 35 122240 0.001 2 512 7",
+        "b base 8 5 12800 0.0002 16 512 2 11",
         "a x train 10 4 5 1 5 80 12",
         "a x valid 10 4 5 1 5 6 60 12",
         "a guard test 10 4 5 1 5 0 44 12",
@@ -241,8 +242,8 @@ fn a_run_is_described_with_its_data_and_its_memory() {
     }
     // 18 samples of 20 tokens would be 360 rows: a step has fewer.
     assert!(text.contains("activations of 256 rows"), "{text}");
-    // Nine tokens and 64 of an answer, in whole pages, four times.
-    assert!(text.contains("keys and values of up to 320 tokens"), "{text}");
+    // Nine tokens and 64 of an answer, in whole pages, four times in each of two files.
+    assert!(text.contains("keys and values of up to 640 tokens"), "{text}");
 }
 
 #[test]

@@ -46,14 +46,16 @@ impl JobShape {
     /// forward pass reads it; the weights that it began with, and the best.
     pub fn bytes(&self, sites: &SiteTable) -> u64 {
         let copies = 1 + u64::from(self.keeps_best) + 4 * self.slots as u64;
-        let laid_out = |pair: &PairShape| {
-            let out = sites.get(pair.site).out_features;
-            // Norms, the column scale and the slot's copy of it.
-            let dora = if pair.dora { 3 * out } else { 0 };
-            (out * pair.padded_rank() + dora) as u64
+        (copies * self.parameters(sites) + self.slots as u64 * self.laid_out(sites)) * F32
+    }
+
+    /// Numbers of B in whole chunks, and with DoRA norms, the column scale and the slot's copy of it.
+    fn laid_out(&self, sites: &SiteTable) -> u64 {
+        let of_pair = |pair: &PairShape| {
+            let per_output = pair.padded_rank() + if pair.dora { 3 } else { 0 };
+            (sites.get(pair.site).out_features * per_output) as u64
         };
-        let laid_out: u64 = self.pairs.iter().map(laid_out).sum();
-        (copies * self.parameters(sites) + self.slots as u64 * laid_out) * F32
+        self.pairs.iter().map(of_pair).sum()
     }
 
     /// Bytes that saving takes for a moment: weights and moments, as values and as tensors of a file.
@@ -101,9 +103,11 @@ struct RankWidths {
 /// How large a run's steps are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
-    /// Rows that memory is made for.
+    /// Rows that the largest may have, and so the longest sequence.
+    pub limit: usize,
+    /// Rows that the largest has.
     pub rows: usize,
-    /// Of their sequences.
+    /// Of its sequences.
     pub mean_length: usize,
     pub recompute: Recompute,
     /// Most jobs in training at a time.
@@ -111,7 +115,8 @@ pub struct Step {
 }
 
 impl Step {
-    /// The largest steps of a run. Evaluations fill them; where there are none, the jobs' batches bound them.
+    /// The largest steps of a run, should no sample be longer. Evaluations fill them; where there are none, the jobs'
+    /// batches bound them.
     pub fn of(config: &RunConfig, base: &BaseShape) -> Self {
         let context = base.config.max_position_embeddings;
         let mut batches: Vec<usize> = config
@@ -126,6 +131,7 @@ impl Step {
             .fold(0, |sum: usize, rows| sum.saturating_add(*rows));
         let rows = if config.jobs.iter().any(is_evaluated) { usize::MAX } else { together };
         Self {
+            limit: config.max_tokens_per_step,
             rows: rows.min(config.max_tokens_per_step),
             mean_length: USUAL_LENGTH,
             recompute: config.recompute,
@@ -174,7 +180,7 @@ pub fn training(
 ) -> Result<Estimate, EngineError> {
     let (config, sites) = (&base.config, &base.sites.table);
     let mut estimate = Estimate::default();
-    base.add_to(&mut estimate, step.rows);
+    base.add_to(&mut estimate, step.limit);
 
     let mut seated: Vec<&JobShape> = jobs.iter().collect();
     seated.sort_by_key(|job| std::cmp::Reverse(job.bytes(sites)));
@@ -202,6 +208,10 @@ pub fn training(
     estimate.add("step", "dropout", rows * most(|widths| widths.dropped));
     estimate.add("step", "DoRA's products", rows * most(|widths| widths.scaled));
     if let Some(Evaluation { tokens }) = evaluation {
+        // As it is read from the training, and B as the engine has it.
+        let asked = |job: &JobShape| (job.parameters(sites) + job.laid_out(sites)) * F32;
+        let asked = jobs.iter().map(asked).max().unwrap_or(0);
+        estimate.add("evaluation", "the largest adapter", asked);
         add_engine(&mut estimate, "evaluation", base, &EngineOptions::default(), tokens)?;
     }
     Ok(estimate)

@@ -334,9 +334,9 @@ fn paths_are_relative_to_the_folder_of_the_file() {
 }
 
 #[test]
-fn a_sample_fits_in_a_step() {
+fn a_length_that_is_asked_for_fits_in_a_step() {
     let text = format!("{HEAD}[[job]]\nname = \"a\"\ntrain = \"t\"\n").replace("= 4096", "= 300");
-    assert_eq!(parse(&text).unwrap().0.jobs[0].max_length, 300);
+    assert_eq!(parse(&text).unwrap().0.jobs[0].max_length, 1024, "whatever fits a step");
     let text = text + "max_length = 300\n";
     assert_eq!(parse(&text).unwrap().0.jobs[0].max_length, 300);
     let error = parse(&text.replace("max_length = 300", "max_length = 301")).unwrap_err().to_string();
