@@ -218,7 +218,7 @@ fn a_sample_that_cannot_be_asked_fails_by_itself() {
     let mut setup = Setup::new();
     let whole = evaluate(&setup.engine, &[setup.subject(None)], BOTH, || ()).unwrap().remove(0);
     let endless = vec![2; setup.engine.max_model_len()];
-    setup.samples.insert(1, samples(&[endless.clone()]).remove(0));
+    setup.samples.insert(1, samples(std::slice::from_ref(&endless)).remove(0));
     setup.samples[1].question.as_mut().unwrap().tokens = endless;
     let scores = evaluate(&setup.engine, &[setup.subject(None)], BOTH, || ()).unwrap().remove(0);
     assert_eq!((scores.failed, scores.loss), (2, whole.loss));
