@@ -111,7 +111,7 @@ pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure>
         None => Vec::new(),
     };
     let merge = Merge { args, options, base: &base, parts: &parts, tasks: &tasks, verbosity };
-    if args.into_base { merge.into_base() } else { merge.into_adapter() }
+    if args.into_base { merge.make_model() } else { merge.make_adapter() }
 }
 
 /// An adapter to merge.
@@ -195,7 +195,8 @@ impl Merge<'_> {
             .map_err(Failure::usage)
     }
 
-    fn into_adapter(&self) -> Result<Outcome, Failure> {
+    /// Writes one adapter made of all.
+    fn make_adapter(&self) -> Result<Outcome, Failure> {
         let Some(options) = &self.options else { return Ok(Outcome::Done) };
         let merged = self.adapter(self.parts.len(), options)?;
         let (sites, output) = (&self.base.checkpoint.sites().table, &self.args.output);
@@ -225,7 +226,8 @@ impl Merge<'_> {
         self.print(&self.evaluate(&engine, &columns)?)
     }
 
-    fn into_base(&self) -> Result<Outcome, Failure> {
+    /// Writes the base with all adapters merged into it.
+    fn make_model(&self) -> Result<Outcome, Failure> {
         let output = &self.args.output;
         let last = self.parts.len();
         if self.tasks.is_empty() {
