@@ -53,4 +53,5 @@ pub mod mixture;
 pub mod model;
 pub mod openai;
 pub mod tensor;
+mod terminal;
 pub mod train;
