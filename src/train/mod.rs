@@ -4,5 +4,6 @@
 
 pub mod config;
 pub mod data;
+pub mod progress;
 pub mod report;
 pub mod tensorboard;
