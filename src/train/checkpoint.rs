@@ -5,6 +5,7 @@
 //! [`write_atomic`](crate::format::write_atomic)), so whatever happens one whole checkpoint is there.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -79,6 +80,16 @@ pub enum Outcome {
     StoppedEarly,
     #[serde(rename = "failed")]
     Failed,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Finished => "finished",
+            Self::StoppedEarly => "stopped early",
+            Self::Failed => "failed",
+        })
+    }
 }
 
 /// A job's tensors, each by pair.

@@ -12,15 +12,18 @@ pub mod folder;
 pub mod job;
 pub mod metrics;
 pub mod plan;
+pub mod progress;
 pub mod report;
 pub mod run;
 pub mod sampling;
 mod schedule;
+pub mod tensorboard;
 pub mod trainer;
 
 use std::path::PathBuf;
 
 use data::DataError;
+use report::ReportError;
 use sampling::SamplingError;
 
 use crate::adapter::FreshError;
@@ -51,6 +54,8 @@ pub enum TrainError {
     Sampling(#[from] SamplingError),
     #[error(transparent)]
     Data(#[from] DataError),
+    #[error(transparent)]
+    Report(#[from] ReportError),
     #[error("{}: there are results in it: continue them with --resume or replace them with --force", folder.display())]
     Exists { folder: PathBuf },
     #[error("{}: another run is writing there", folder.display())]

@@ -24,7 +24,6 @@ use crate::adapter::Adapter;
 use crate::adapter::peft::{Limits, WriteOptions, read_adapter, write_adapter};
 use crate::adapter::{Fresh, all_linear, fresh_adapter, named_sites};
 use crate::backend::training::{PairValues, Training};
-use crate::format::FormatError;
 use crate::model::Base;
 
 /// Everything that a run needs before it starts: checked configuration, an open base, data in memory.
@@ -736,12 +735,4 @@ impl JobState {
             concluded: false,
         }
     }
-}
-
-/// Where a run's own report goes.
-///
-/// # Errors
-/// When it cannot be written.
-pub fn write_reports(out: &Path) -> Result<(), FormatError> {
-    report::write_run_report(out)
 }
