@@ -9,7 +9,6 @@ use std::ops::Range;
 use super::elementwise::exp_or_nan;
 use super::linear::grow;
 use super::product::{Product, accumulate};
-use crate::backend::cpu::gemm::{Block, compute_block};
 use crate::backend::cpu::linear::blocks;
 use crate::backend::cpu::parallel::{Shared, parallel_for};
 use crate::backend::cpu::sampling::largest;
@@ -21,11 +20,15 @@ use crate::tensor::DType;
 /// Rows whose scores are held at a time.
 const ROW_BLOCK: usize = 48;
 
+/// Keys are laid out in lines of so many: whole vectors of every instruction set.
+const LINE: usize = 16;
+
 #[derive(Default)]
 struct Scratch {
-    /// `[keys, head_dim]` of one head.
+    /// Keys `[keys, head_dim]` of one head; keys and values `[head_dim, keys]`, zeros up to a whole line of keys.
     keys: Vec<f32>,
-    values: Vec<f32>,
+    keys_across: Vec<f32>,
+    values_across: Vec<f32>,
     /// `[rows, keys]`: scores, then probabilities; their gradients.
     scores: Vec<f32>,
     d_scores: Vec<f32>,
@@ -33,6 +36,19 @@ struct Scratch {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Rows at some positions of a sequence, and one of their query heads.
+struct HeadRows {
+    /// The sequence's first row.
+    first: usize,
+    head: usize,
+    /// Where the head's keys and values start in a row.
+    key_column: usize,
+    value_column: usize,
+    positions: Range<usize>,
+    /// From one row of scores to the next.
+    stride: usize,
 }
 
 struct Attention<'a> {
@@ -78,119 +94,141 @@ pub(super) fn attention_backward(
 impl Attention<'_> {
     unsafe fn backward(&self, sequence: &SequenceRows, kv_head: usize, scratch: &mut Scratch) {
         let AttentionShape { heads, kv_heads, head_dim } = self.shape;
-        let (width, group, first) = (self.qkv.width, heads / kv_heads, sequence.rows.start);
+        let (width, group, rows) = (self.qkv.width, heads / kv_heads, sequence.rows.clone());
         let key_column = (heads + kv_head) * head_dim;
         let value_column = key_column + kv_heads * head_dim;
+        let stride = rows.len().next_multiple_of(LINE);
+        let vectors = |column: usize| {
+            let first = &self.qkv.data[rows.start * width + column..];
+            first.chunks(width).map(|row| &row[..head_dim]).take(rows.len())
+        };
         scratch.keys.clear();
-        scratch.values.clear();
-        for row in sequence.rows.clone() {
-            let row = row * width;
-            scratch.keys.extend_from_slice(&self.qkv.data[row + key_column..][..head_dim]);
-            scratch.values.extend_from_slice(&self.qkv.data[row + value_column..][..head_dim]);
-            for column in [key_column, value_column] {
-                // SAFETY: this piece's rows and heads, as the caller promises.
-                unsafe { self.d_qkv.get().add(row + column).write_bytes(0, head_dim) };
-            }
+        vectors(key_column).for_each(|key| scratch.keys.extend_from_slice(key));
+        lay_across(vectors(key_column), head_dim, stride, &mut scratch.keys_across);
+        lay_across(vectors(value_column), head_dim, stride, &mut scratch.values_across);
+        for (row, column) in rows.clone().flat_map(|row| [(row, key_column), (row, value_column)]) {
+            // SAFETY: this piece's rows and heads, as the caller promises.
+            unsafe { self.d_qkv.get().add(row * width + column).write_bytes(0, head_dim) };
         }
-        grow(&mut scratch.scores, ROW_BLOCK * sequence.rows.len());
-        grow(&mut scratch.d_scores, ROW_BLOCK * sequence.rows.len());
+        grow(&mut scratch.scores, ROW_BLOCK * stride);
+        grow(&mut scratch.d_scores, ROW_BLOCK * stride);
         for head in kv_head * group..(kv_head + 1) * group {
-            for positions in blocks(0..sequence.rows.len(), ROW_BLOCK) {
+            for positions in blocks(0..rows.len(), ROW_BLOCK) {
+                let piece = HeadRows { first: rows.start, head, key_column, value_column, positions, stride };
                 // SAFETY: passed on from the caller.
-                unsafe { self.head_rows(first, head, key_column, value_column, positions, scratch) };
+                unsafe { self.head_rows(&piece, scratch) };
             }
         }
     }
 
     /// What the rows at some positions add, for one query head.
-    unsafe fn head_rows(
-        &self,
-        first: usize,
-        head: usize,
-        key_column: usize,
-        value_column: usize,
-        positions: Range<usize>,
-        scratch: &mut Scratch,
-    ) {
-        let AttentionShape { head_dim, .. } = self.shape;
-        let width = self.qkv.width;
+    unsafe fn head_rows(&self, piece: &HeadRows, scratch: &mut Scratch) {
+        let &HeadRows { first, head, key_column, value_column, ref positions, stride } = piece;
+        let (width, head_dim) = (self.qkv.width, self.shape.head_dim);
         let first_key =
             |position: usize| self.window.map_or(0, |window| (position + 1).saturating_sub(window));
-        let keys = first_key(positions.start)..positions.end;
-        let (rows, count) = (positions.len(), keys.len());
-        let scale = 1.0 / (head_dim as f32).sqrt();
+        // From a whole line on, so that vectors of keys stay whole.
+        let keys = first_key(positions.start) / LINE * LINE..positions.end;
         let row = first + positions.start;
         let q = self.qkv.data[row * width + head * head_dim..].as_ptr();
         let dy = self.dy.data[row * self.dy.width + head * head_dim..].as_ptr();
-        let at = |vectors: &[f32]| vectors[keys.start * head_dim..].as_ptr();
-        let scores = |x: *const f32, x_stride: usize, w: *const f32, to: &mut [f32]| {
-            let block = Block {
-                x,
-                x_stride,
-                w: w.cast(),
-                dtype: DType::F32,
-                k: head_dim,
-                rows: 0..rows,
-                columns: 0..count,
-                y: to.as_mut_ptr(),
-                y_stride: count,
-                write: Write::Replace,
-                bias: None,
-                terms: None,
-                v: std::ptr::null(),
-            };
-            // SAFETY: `rows` vectors of q or dy, `count` of keys or values; scores have room for both.
-            unsafe { compute_block(self.isa, &block) };
+        let product = Product {
+            p: std::ptr::null(),
+            p_row: 1,
+            p_column: 1,
+            w: std::ptr::null(),
+            dtype: DType::F32,
+            w_stride: head_dim,
+            depth: head_dim,
+            rows: 0..positions.len(),
+            columns: 0..head_dim,
+            y: std::ptr::null_mut(),
+            y_stride: width,
+            write: Write::Replace,
         };
-        scores(q, width, at(&scratch.keys), &mut scratch.scores);
-        scores(dy, self.dy.width, at(&scratch.values), &mut scratch.d_scores);
+        for (p, p_row, across, y) in [
+            (q, width, &scratch.keys_across, &mut scratch.scores),
+            (dy, self.dy.width, &scratch.values_across, &mut scratch.d_scores),
+        ] {
+            let product = Product {
+                p,
+                p_row,
+                w: across.as_ptr().cast(),
+                w_stride: stride,
+                columns: keys.start..keys.end.next_multiple_of(LINE),
+                y: y.as_mut_ptr(),
+                y_stride: stride,
+                ..product.clone()
+            };
+            // SAFETY: vectors of q or dy; keys or values `[head_dim, stride]`; scores `[rows, stride]`.
+            unsafe { accumulate(self.isa, &product) };
+        }
         for (index, position) in positions.clone().enumerate() {
             let row = (first + position) * self.dy.width + head * head_dim;
             let (y, dy) = (&self.y.data[row..row + head_dim], &self.dy.data[row..row + head_dim]);
-            let own = first_key(position) - keys.start..position + 1 - keys.start;
-            let p = &mut scratch.scores[index * count..(index + 1) * count];
-            let ds = &mut scratch.d_scores[index * count..(index + 1) * count];
-            for outside in [0..own.start, own.end..count] {
+            let own = first_key(position)..position + 1;
+            let p = &mut scratch.scores[index * stride..(index + 1) * stride];
+            let ds = &mut scratch.d_scores[index * stride..(index + 1) * stride];
+            for outside in [keys.start..own.start, own.end..keys.end] {
                 p[outside.clone()].fill(0.0);
                 ds[outside].fill(0.0);
             }
-            // SAFETY: plain code, compiled for the instruction set.
+            let scale = 1.0 / (head_dim as f32).sqrt();
+            // SAFETY: all lengths are those of the slices.
             unsafe { softmax_row(self.isa, &mut p[own.clone()], &mut ds[own], y, dy, scale) };
         }
-        let product = |p: &[f32], p_row, p_column, w: *const f32, w_stride, depth, rows, y, write| {
-            let product = Product {
-                p: p.as_ptr(),
-                p_row,
-                p_column,
-                w: w.cast(),
-                dtype: DType::F32,
-                w_stride,
-                depth,
-                rows: 0..rows,
-                columns: 0..head_dim,
-                y,
-                y_stride: width,
-                write,
-            };
-            // SAFETY: scores are `[rows, count]`, vectors `[rows]` or `[count]`; the output is this piece's.
-            unsafe { accumulate(self.isa, &product) };
-        };
-        let (p, ds) = (&scratch.scores, &scratch.d_scores);
         let to = |row: usize, column: usize| self.d_qkv.get().wrapping_add(row * width + column);
-        let key_row = first + keys.start;
-        product(p, 1, count, dy, self.dy.width, rows, count, to(key_row, value_column), Write::Add);
-        product(ds, 1, count, q, width, rows, count, to(key_row, key_column), Write::Add);
-        product(
-            ds,
-            count,
-            1,
-            at(&scratch.keys),
-            head_dim,
-            count,
-            rows,
-            to(row, head * head_dim),
-            Write::Replace,
-        );
+        let of_keys = Product {
+            p_column: stride,
+            depth: positions.len(),
+            rows: keys.clone(),
+            write: Write::Add,
+            ..product.clone()
+        };
+        let [values, keys_gradient, queries] = [
+            Product {
+                p: scratch.scores.as_ptr(),
+                w: dy.cast(),
+                w_stride: self.dy.width,
+                y: to(first, value_column),
+                ..of_keys.clone()
+            },
+            Product {
+                p: scratch.d_scores.as_ptr(),
+                w: q.cast(),
+                w_stride: width,
+                y: to(first, key_column),
+                ..of_keys
+            },
+            Product {
+                p: scratch.d_scores[keys.start..].as_ptr(),
+                p_row: stride,
+                w: scratch.keys[keys.start * head_dim..].as_ptr().cast(),
+                depth: keys.len(),
+                y: to(row, head * head_dim),
+                ..product
+            },
+        ];
+        for product in [values, keys_gradient, queries] {
+            // SAFETY: scores are `[rows, stride]`, vectors `[rows]` or `[keys]`; the output is this piece's.
+            unsafe { accumulate(self.isa, &product) };
+        }
+    }
+}
+
+/// Lays vectors of `head_dim` out as `[head_dim, stride]`.
+fn lay_across<'a>(
+    vectors: impl Iterator<Item = &'a [f32]>,
+    head_dim: usize,
+    stride: usize,
+    to: &mut Vec<f32>,
+) {
+    to.clear();
+    to.resize(head_dim * stride, 0.0);
+    for (index, vector) in vectors.enumerate() {
+        for (d, value) in vector.iter().enumerate() {
+            to[d * stride + index] = *value;
+        }
     }
 }
 

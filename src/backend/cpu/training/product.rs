@@ -24,6 +24,7 @@ const PANEL_DEPTH: usize = 96;
 const DIRECT_ROWS: usize = 24;
 
 /// `Y (+)= P W` for some rows and columns.
+#[derive(Clone)]
 pub struct Product {
     /// `P[m, n]` lies at `p + m · p_row + n · p_column`.
     pub p: *const f32,
