@@ -175,14 +175,29 @@ fn a_merged_model_lies_on_disk_as_the_base_does() {
 fn tied_embeddings_come_apart_where_an_adapter_changes_one_end() {
     let case = Case::open("llama-linear");
     let base = Base::open(&case.model()).unwrap();
-    for (adapter, unties) in [("head-full-names", true), ("saved-both", true), ("pattern-regex", false)] {
-        let adapter = read(&base, &case.adapter_folder(adapter));
-        let folder = write_merged(&base, &[(&adapter, 1.0)], None);
-        assert_eq!(merged(&base, &[(&adapter, 1.0)]).unties(), unties);
+    let named = |name: &str| read(&base, &case.adapter_folder(name));
+    let mut head = named("saved-both");
+    head.saved_modules.retain(|saved| saved.site == base.checkpoint.sites().lm_head);
+    let mut backend = Cpu::new(Some(2)).unwrap();
+    let mut transformer = load(&case, &mut backend);
+    let (prompts, free) = (case.prompts(), case.adapters().len());
+    for (adapter, unties) in [
+        (&named("head-full-names"), true),
+        (&named("saved-both"), true),
+        (&head, true),
+        (&named("pattern-regex"), false),
+    ] {
+        let folder = write_merged(&base, &[(adapter, 1.0)], Some(DType::F32));
+        assert_eq!(merged(&base, &[(adapter, 1.0)]).unties(), unties);
         let config = read_json(&folder.path().join("config.json")).unwrap();
         assert_eq!(config["tie_word_embeddings"], !unties);
         assert_eq!(tensors(folder.path()).contains_key("lm_head.weight"), unties);
-        assert_eq!(Base::open(folder.path()).unwrap().config.tie_word_embeddings, !unties);
+        transformer.load_adapter(&mut backend, free, adapter, &base.checkpoint).unwrap();
+        let gates = [(free as u32, 1.0)];
+        let wanted = logits(&mut backend, &transformer, &[(&gates, &prompts[0])]).remove(0);
+        transformer.unload_adapter(&mut backend, free).unwrap();
+        let off = difference(&logits_of(folder.path(), &prompts[..1])[0], &wanted);
+        assert!(off <= TOLERANCE, "logits are off by {off}");
     }
 }
 
