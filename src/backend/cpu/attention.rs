@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use super::kv_cache::KvCache;
 use super::parallel::{Shared, parallel_for};
+use super::sampling::{exp_or_nan, largest};
 use super::simd::{Simd, multiversion};
 use super::{Buffer, Isa};
 use crate::backend::{AttentionShape, PAGE, Rows, SequenceRows};
@@ -198,14 +199,14 @@ unsafe fn attend<S: Simd, const N: usize>(piece: &Piece<'_>, queries: &[Query; N
 }
 
 /// Replaces scores by `exp(score − maximum)`; returns their sum.
+#[inline(always)]
 fn exponentials(scores: &mut [f32]) -> f32 {
-    let maximum = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
-    for score in scores {
-        *score = (*score - maximum).exp();
-        sum += *score;
+    let maximum = largest(scores);
+    for score in &mut *scores {
+        *score = exp_or_nan(*score - maximum);
     }
-    sum
+    // In the order of the keys, so that a vector's width does not matter.
+    scores.iter().sum()
 }
 
 /// `y[d..d + width] = norm · Σ_j weight_j · value_j[d..d + width]` for every query, in `D` vectors.

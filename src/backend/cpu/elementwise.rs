@@ -2,6 +2,7 @@
 
 use super::kv_cache::KvCache;
 use super::parallel::{Shared, parallel_for};
+use super::sampling::exp;
 use super::simd::{Simd, multiversion};
 use super::{Buffer, Isa};
 use crate::backend::{AttentionShape, RotaryTables, Rows};
@@ -116,7 +117,25 @@ fn rotate(head: &mut [f32], tables: &RotaryTables, variant: usize, position: usi
     }
 }
 
-pub(super) fn swiglu(gate_up: &Buffer, rows: usize, y: &mut Buffer) {
+/// `1 / (1 + exp(−x))`, within a few units in the last place.
+#[inline(always)]
+pub(super) fn sigmoid(x: f32) -> f32 {
+    let small = exp(-x.abs());
+    (if x < 0.0 { small } else { 1.0 }) / (1.0 + small)
+}
+
+multiversion! {
+    fn swiglu_row(gate: &[f32], up: &[f32], y: &mut [f32]) => swiglu_row_body
+}
+
+#[inline(always)]
+fn swiglu_row_body(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+        *y = gate * sigmoid(*gate) * up;
+    }
+}
+
+pub(super) fn swiglu(isa: Isa, gate_up: &Buffer, rows: usize, y: &mut Buffer) {
     let width = y.width;
     assert_eq!(gate_up.width, 2 * width, "gate | up width");
     assert!(
@@ -124,13 +143,12 @@ pub(super) fn swiglu(gate_up: &Buffer, rows: usize, y: &mut Buffer) {
         "rows exceed the buffers"
     );
     let output = Shared::new(y.data.as_mut_ptr());
-    // An exponential costs about as much as sixteen multiply-adds.
-    parallel_for(rows, rows * width * 16, |row| {
+    // An exponential costs about as much as eight multiply-adds.
+    parallel_for(rows, rows * width * 8, |row| {
         let (gate, up) = gate_up.data[row * 2 * width..(row + 1) * 2 * width].split_at(width);
         // SAFETY: the row lies in the buffer (asserted above) and is written by this piece only.
         let y = unsafe { std::slice::from_raw_parts_mut(output.get().add(row * width), width) };
-        for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-            *y = gate / (1.0 + (-gate).exp()) * up;
-        }
+        // SAFETY: plain code, compiled for the instruction set.
+        unsafe { swiglu_row(isa, gate, up, y) };
     });
 }

@@ -263,7 +263,7 @@ impl Backend for Cpu {
         gate_up.width = 2 * y.width;
         gate_up.data.resize(gate_up.data.len().max(gates.rows() * gate_up.width), 0.0);
         linear::linear(self, &group.0, x, gates, Write::Replace, &mut gate_up);
-        elementwise::swiglu(&gate_up, gates.rows(), y);
+        elementwise::swiglu(self.isa, &gate_up, gates.rows(), y);
         self.gate_up = gate_up;
         Ok(())
     }

@@ -364,29 +364,42 @@ impl Simd for Portable {
     }
 }
 
-/// Defines `fn $name(isa, …)` that runs the generic `$body::<S>` compiled for the instruction set `isa`.
+/// Defines `fn $name(isa, …)` that runs the generic `$body::<S>` compiled for the instruction set `isa`; with `=>` a body
+/// of plain loops, which the compiler turns into vectors of that set.
 ///
 /// The function is unsafe: it passes on the contract of `$body`, and `isa` must be one of [`Isa::available`].
 macro_rules! multiversion {
     ($(#[$doc:meta])* $visibility:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) = $body:ident) => {
-        $(#[$doc])*
+        $crate::backend::cpu::simd::multiversion! {
+            @define [$(#[$doc])* $visibility] $name [$($argument: $type),*]
+                [$body::<$crate::backend::cpu::simd::Avx512>]
+                [$body::<$crate::backend::cpu::simd::Avx2>]
+                [$body::<$crate::backend::cpu::simd::Portable>]
+        }
+    };
+    ($(#[$doc:meta])* $visibility:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) => $body:ident) => {
+        $crate::backend::cpu::simd::multiversion! {
+            @define [$(#[$doc])* $visibility] $name [$($argument: $type),*] [$body] [$body] [$body]
+        }
+    };
+    (@define [$($head:tt)*] $name:ident [$($argument:ident: $type:ty),*]
+        [$($avx512:tt)*] [$($avx2:tt)*] [$($portable:tt)*]) => {
         #[allow(clippy::too_many_arguments)]
-        $visibility unsafe fn $name(isa: $crate::backend::cpu::simd::Isa, $($argument: $type),*) {
+        $($head)* unsafe fn $name(isa: $crate::backend::cpu::simd::Isa, $($argument: $type),*) {
             use $crate::backend::cpu::simd::Isa;
             #[cfg(target_arch = "x86_64")]
             {
-                use $crate::backend::cpu::simd::{Avx2, Avx512};
                 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-                #[allow(clippy::too_many_arguments)]
+                #[allow(clippy::too_many_arguments, unused_unsafe)]
                 unsafe fn avx512($($argument: $type),*) {
                     // SAFETY: passed on.
-                    unsafe { $body::<Avx512>($($argument),*) }
+                    unsafe { $($avx512)*($($argument),*) }
                 }
                 #[target_feature(enable = "avx2,fma,f16c")]
-                #[allow(clippy::too_many_arguments)]
+                #[allow(clippy::too_many_arguments, unused_unsafe)]
                 unsafe fn avx2($($argument: $type),*) {
                     // SAFETY: passed on.
-                    unsafe { $body::<Avx2>($($argument),*) }
+                    unsafe { $($avx2)*($($argument),*) }
                 }
                 // SAFETY: `isa` was detected; the rest is passed on.
                 match isa {
@@ -397,7 +410,10 @@ macro_rules! multiversion {
             }
             let _ = isa;
             // SAFETY: passed on.
-            unsafe { $body::<$crate::backend::cpu::simd::Portable>($($argument),*) }
+            #[allow(unused_unsafe)]
+            unsafe {
+                $($portable)*($($argument),*)
+            }
         }
     };
 }

@@ -350,7 +350,7 @@ fn norm_rotation_and_swiglu_match_their_formulas() {
         let mut gate_up = cpu.buffer(rows, 2 * width).unwrap();
         let values = random.values(rows * 2 * width);
         gate_up.write(&values);
-        super::elementwise::swiglu(&gate_up, rows, &mut output);
+        super::elementwise::swiglu(cpu.isa, &gate_up, rows, &mut output);
         for (x, y) in values.chunks_exact(2 * width).zip(cpu.read(&output, rows).unwrap().chunks_exact(width))
         {
             for n in 0..width {

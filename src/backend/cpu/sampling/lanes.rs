@@ -8,6 +8,7 @@ use crate::backend::sampling::UNIT;
 const LANES: usize = 16;
 
 /// The largest value that is not NaN; −inf when there is none.
+#[inline(always)]
 pub(in crate::backend::cpu) fn largest(values: &[f32]) -> f32 {
     let (chunks, rest) = values.as_chunks::<LANES>();
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -69,6 +70,12 @@ pub(in crate::backend::cpu) fn exp(x: f32) -> f32 {
     }
     let power = f32::from_bits((rounded.to_bits() << 23).wrapping_add(1.0f32.to_bits()));
     if x > LOWEST { series * power } else { 0.0 }
+}
+
+/// [`exp`] that keeps NaN: what is no number must not look like one in a result.
+#[inline(always)]
+pub(in crate::backend::cpu) fn exp_or_nan(x: f32) -> f32 {
+    if x.is_nan() { x } else { exp(x) }
 }
 
 #[cfg(test)]

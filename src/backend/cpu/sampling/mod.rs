@@ -17,7 +17,7 @@ use super::Buffer;
 use super::parallel::pays;
 use crate::backend::sampling::{Draw, Drawn, Sampler, SamplingError, Seen, TokenSource};
 use filter::Buckets;
-pub(super) use lanes::{exp, largest};
+pub(super) use lanes::{exp, exp_or_nan, largest};
 
 /// Operations on each logit of a row: a few passes, of which the exponential is the longest.
 const WORK: usize = 64;

@@ -6,19 +6,18 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::elementwise::exp_or_nan;
-use super::linear::grow;
+use super::grow;
 use super::product::{Product, accumulate};
 use crate::backend::cpu::linear::blocks;
 use crate::backend::cpu::parallel::{Shared, parallel_for};
-use crate::backend::cpu::sampling::largest;
+use crate::backend::cpu::sampling::{exp_or_nan, largest};
 use crate::backend::cpu::simd::{Simd, multiversion};
 use crate::backend::cpu::{Buffer, Isa};
 use crate::backend::{AttentionShape, Rows, SequenceRows, Write};
 use crate::tensor::DType;
 
 /// Rows whose scores are held at a time.
-const ROW_BLOCK: usize = 48;
+const ROW_BLOCK: usize = 32;
 
 /// Keys are laid out in lines of so many: whole vectors of every instruction set.
 const LINE: usize = 16;

@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 
-use super::linear::{Backward, Use, grow};
+use super::grow;
+use super::linear::Backward;
 use super::optimizer::sum_of_squares;
 use super::product::{Product, accumulate};
 use super::trainee::{Dora, TrainedPair};
+use super::uses::Use;
 use crate::backend::Write;
 use crate::backend::cpu::gemm::{Block, compute_block};
 use crate::backend::cpu::linear::blocks;

@@ -5,7 +5,7 @@
 
 use crate::backend::SitePlace;
 use crate::backend::cpu::Isa;
-use crate::backend::cpu::simd::{Simd, multiversion};
+use crate::backend::cpu::simd::multiversion;
 use crate::backend::sampling::Philox;
 
 /// Philox blocks computed side by side.
@@ -41,11 +41,11 @@ multiversion! {
         x: &[f32],
         factors: &mut [f32],
         dropped: &mut [f32],
-    ) = drop_row_body
+    ) => drop_row_body
 }
 
 #[inline(always)]
-unsafe fn drop_row_body<S: Simd>(
+fn drop_row_body(
     random: Philox,
     place: u32,
     dropout: f32,

@@ -1,16 +1,10 @@
 //! Row-wise operations backward: normalisation, rotation, gated activation.
 
+use crate::backend::cpu::elementwise::sigmoid;
 use crate::backend::cpu::parallel::{Shared, parallel_for};
-use crate::backend::cpu::sampling::exp;
 use crate::backend::cpu::simd::{Simd, multiversion};
 use crate::backend::cpu::{Buffer, Cpu, Isa};
 use crate::backend::{AttentionShape, HeadNorms, RotaryTables, Rows, Write};
-
-/// `exp(x)` for `x ≤ 0`, and NaN for NaN: what is no number must not look like one in a gradient.
-#[inline(always)]
-pub(super) fn exp_or_nan(x: f32) -> f32 {
-    if x.is_nan() { x } else { exp(x) }
-}
 
 multiversion! {
     /// The gradient of one row of [`Backend::rms_norm`](crate::backend::Backend::rms_norm). `dy` and `dx` may be the same.
@@ -150,18 +144,15 @@ fn turn_back(head: &mut [f32], tables: &RotaryTables, variant: usize, position: 
 }
 
 multiversion! {
-    /// # Safety
-    /// `isa` must be available.
-    fn swiglu_row(gate_up: &[f32], dy: &[f32], d_gate_up: &mut [f32]) = swiglu_row_body
+    fn swiglu_row(gate_up: &[f32], dy: &[f32], d_gate_up: &mut [f32]) => swiglu_row_body
 }
 
 #[inline(always)]
-unsafe fn swiglu_row_body<S: Simd>(gate_up: &[f32], dy: &[f32], d_gate_up: &mut [f32]) {
+fn swiglu_row_body(gate_up: &[f32], dy: &[f32], d_gate_up: &mut [f32]) {
     let (gate, up) = gate_up.split_at(dy.len());
     let (d_gate, d_up) = d_gate_up.split_at_mut(dy.len());
     for ((((d_gate, d_up), gate), up), dy) in d_gate.iter_mut().zip(d_up).zip(gate).zip(up).zip(dy) {
-        let small = exp(-gate.abs());
-        let sigmoid = (if *gate < 0.0 { small } else { 1.0 }) / (1.0 + small);
+        let sigmoid = sigmoid(*gate);
         *d_up = dy * (gate * sigmoid);
         *d_gate = dy * up * (sigmoid * (1.0 + gate * (1.0 - sigmoid)));
     }

@@ -6,16 +6,16 @@
 use std::ops::Range;
 
 use super::dora;
-use super::dropout;
 use super::product::{Product, accumulate};
-use super::{Ranks, Trainee};
-use crate::backend::cpu::experts::{Change, LowRank};
+use super::uses::{Use, drop_inputs, list_uses, scale_outputs};
+use super::{Ranks, Trainee, grow};
+use crate::backend::cpu::experts::Change;
 use crate::backend::cpu::gemm::{Block, compute_block};
 use crate::backend::cpu::linear::{blocks, linear_with};
 use crate::backend::cpu::parallel::{Shared, parallel_for};
 use crate::backend::cpu::{Buffer, Cpu, Group, Isa, Site};
 use crate::backend::training::Learning;
-use crate::backend::{CHUNK, Gates, SitePlace, Write};
+use crate::backend::{CHUNK, GateRun, Gates, Write};
 use crate::tensor::{DType, Tensor};
 
 /// Columns of a block of the input's gradient, and of a parameter's.
@@ -33,35 +33,12 @@ pub struct Workspace {
     /// As V, of the gradient: `g · s · Bᵀ dy`.
     du: Vec<f32>,
     /// What dropout multiplies each use's input with, and the products, `[rows, in]`.
-    factors: Vec<f32>,
-    dropped: Vec<f32>,
+    pub(super) factors: Vec<f32>,
+    pub(super) dropped: Vec<f32>,
     /// Output gradients times column scales, `[rows, out]`.
     scaled: Vec<f32>,
     /// The frozen products of DoRA's rows, `[rows, out]`.
     products: Vec<f32>,
-}
-
-/// A low-rank expert at a site, for the rows of a run.
-pub(super) struct Use<'a> {
-    pub site: usize,
-    /// Where the site's outputs start in a row.
-    pub column: usize,
-    pub out_features: usize,
-    pub slot: usize,
-    pub rows: Range<usize>,
-    /// Index of the first row's gate, and the distance to the next row's.
-    pub gate: usize,
-    pub gate_stride: usize,
-    pub expert: &'a LowRank,
-    /// Index in V and dU of the first row's ranks, and the distance to the next row's.
-    pub v: usize,
-    pub v_stride: usize,
-    /// The trainee's pair at this place.
-    pub pair: Option<usize>,
-    /// Where the rows as dropout left them start.
-    pub dropped: Option<usize>,
-    /// Where the rows' output gradients times this expert's column scale start, for pairs with a magnitude.
-    pub scaled: Option<usize>,
 }
 
 /// `P W` of some rows: a part of the input's gradient.
@@ -79,100 +56,6 @@ struct Part {
 // SAFETY: the pointers are followed inside the call that wrote them.
 unsafe impl Sync for Part {}
 
-/// All uses at a group's sites, site after site and run after run: the order of V.
-fn list_uses<'a>(
-    sites: &'a [Site],
-    number: usize,
-    gates: &Gates,
-    trainees: &[Option<Trainee>],
-) -> Vec<Use<'a>> {
-    let mut uses = Vec::new();
-    let (mut v, mut column, mut dropped) = (0, 0, 0);
-    for (index, site) in sites.iter().enumerate() {
-        let out_features = site.experts.out_features;
-        for run in gates.runs() {
-            let (first, mut chunks) = (uses.len(), 0);
-            let experts = gates.experts_of(run);
-            for (expert, &slot) in experts.iter().enumerate() {
-                let Some(Change::LowRank(low_rank)) = site.experts.get(slot) else { continue };
-                let trainee = trainees.get(slot as usize).and_then(Option::as_ref);
-                let pair = trainee.and_then(|trainee| trainee.find(SitePlace::Group(number, index)));
-                let drops = pair.is_some() && trainee.is_some_and(|trainee| trainee.dropout > 0.0);
-                uses.push(Use {
-                    site: index,
-                    column,
-                    out_features,
-                    slot: slot as usize,
-                    rows: run.rows.clone(),
-                    gate: gates.first_value(run) + expert,
-                    gate_stride: experts.len(),
-                    expert: low_rank,
-                    v: v + chunks * CHUNK,
-                    v_stride: 0,
-                    pair,
-                    dropped: drops.then_some(dropped),
-                    scaled: None,
-                });
-                chunks += low_rank.chunks();
-                dropped += if drops { run.rows.len() * site.experts.in_features } else { 0 };
-            }
-            for user in &mut uses[first..] {
-                user.v_stride = chunks * CHUNK;
-            }
-            v += run.rows.len() * chunks * CHUNK;
-        }
-        column += out_features;
-    }
-    uses
-}
-
-/// Fills in what dropout leaves of the input of every use.
-fn drop_inputs(
-    isa: Isa,
-    uses: &[Use<'_>],
-    number: usize,
-    x: &Buffer,
-    row_keys: &[u64],
-    trainees: &[Option<Trainee>],
-    workspace: &mut Workspace,
-) {
-    let k = x.width;
-    let end = |user: &Use<'_>| user.dropped.map_or(0, |start| start + user.rows.len() * k);
-    let len = uses.iter().map(end).max().unwrap_or(0);
-    if len == 0 {
-        return;
-    }
-    grow(&mut workspace.factors, len);
-    grow(&mut workspace.dropped, len);
-    let factors = Shared::new(workspace.factors.as_mut_ptr());
-    let dropped = Shared::new(workspace.dropped.as_mut_ptr());
-    for user in uses {
-        let Some(start) = user.dropped else { continue };
-        let probability = trainees[user.slot].as_ref().expect("a trainee drops").dropout;
-        let place = dropout::place_number(SitePlace::Group(number, user.site));
-        // A random number takes about as long as sixteen multiply-adds.
-        parallel_for(user.rows.len(), 16 * user.rows.len() * k, |index| {
-            let row = user.rows.start + index;
-            // SAFETY: the row of this use, in vectors that have been grown to hold it.
-            let (factors, dropped) = unsafe {
-                let row = |all: Shared| all.get().add(start + index * k);
-                (
-                    std::slice::from_raw_parts_mut(row(factors), k),
-                    std::slice::from_raw_parts_mut(row(dropped), k),
-                )
-            };
-            let x = &x.data[row * k..(row + 1) * k];
-            dropout::drop_row(isa, row_keys[row], place, probability, x, factors, dropped);
-        });
-    }
-}
-
-pub(super) fn grow(buffer: &mut Vec<f32>, len: usize) {
-    if buffer.len() < len {
-        buffer.resize(len, 0.0);
-    }
-}
-
 #[expect(clippy::too_many_arguments, reason = "the operation's own arguments")]
 pub(super) fn linear_kept(
     cpu: &mut Cpu,
@@ -188,7 +71,7 @@ pub(super) fn linear_kept(
     let uses = list_uses(&group.0, number, learning.gates, learning.trainees);
     drop_inputs(cpu.isa, &uses, number, x, learning.row_keys, learning.trainees, &mut workspace);
     let dropped = workspace.dropped.as_ptr();
-    let input = |site: usize, run: &crate::backend::GateRun, expert: usize| {
+    let input = |site: usize, run: &GateRun, expert: usize| {
         let gate = learning.gates.first_value(run) + expert;
         let user = uses.iter().find(|user| user.site == site && user.gate == gate);
         match user.and_then(|user| user.dropped) {
@@ -231,33 +114,6 @@ pub(super) fn linear_backward(
     cpu.training = workspace;
 }
 
-/// Fills in the output gradients of pairs with a magnitude times their column scale.
-fn scale_outputs(uses: &mut [Use<'_>], dy: &Buffer, trainees: &[Option<Trainee>], scaled: &mut Vec<f32>) {
-    let mut len = 0;
-    let has_magnitude = |user: &Use<'_>| {
-        let trainee = trainees.get(user.slot).and_then(Option::as_ref);
-        trainee.zip(user.pair).is_some_and(|(trainee, pair)| trainee.pairs[pair].dora.is_some())
-    };
-    for user in uses.iter_mut().filter(|user| has_magnitude(user)) {
-        user.scaled = Some(len);
-        len += user.rows.len() * user.out_features;
-    }
-    grow(scaled, len);
-    let scaled = Shared::new(scaled.as_mut_ptr());
-    for user in uses {
-        let (Some(start), Some(scales)) = (user.scaled, &user.expert.column_scale) else { continue };
-        let out = user.out_features;
-        parallel_for(user.rows.len(), user.rows.len() * out, |index| {
-            let from = &dy.data[(user.rows.start + index) * dy.width + user.column..];
-            // SAFETY: this piece's row of what has been grown to hold all.
-            let to = unsafe { std::slice::from_raw_parts_mut(scaled.get().add(start + index * out), out) };
-            for ((to, from), scale) in to.iter_mut().zip(from).zip(scales) {
-                *to = from * scale;
-            }
-        });
-    }
-}
-
 /// The backward pass of one group.
 pub(super) struct Backward<'a> {
     pub isa: Isa,
@@ -272,9 +128,8 @@ pub(super) struct Backward<'a> {
 impl Backward<'_> {
     /// `dU = g · s · Bᵀ dy` of every use, and what it says about the gates.
     fn ranks(&self, workspace: &mut Workspace, learning: &mut Learning<'_, Cpu>) {
-        let len =
-            self.uses.iter().map(|user| user.v - user.v % CHUNK + user.rows.len() * user.v_stride).max();
-        grow(&mut workspace.du, len.unwrap_or(0));
+        let end = |user: &Use<'_>| user.v + user.rows.len() * user.v_stride;
+        grow(&mut workspace.du, self.uses.iter().map(end).max().unwrap_or(0));
         let du = Shared::new(workspace.du.as_mut_ptr());
         let trainees = &*learning.trainees;
         let gate_gradients = learning.gate_gradients.as_deref_mut();
@@ -320,7 +175,6 @@ impl Backward<'_> {
         du: *mut f32,
     ) {
         let y = du.wrapping_add(user.v).wrapping_sub(user.rows.start * user.v_stride);
-        let dy = self.dy.data.as_ptr().wrapping_add(user.column);
         if let Some(pair) = user.pair {
             let pair = &trainees[user.slot].as_ref().expect("the pair's").pairs[pair];
             let (x, x_stride) = self.output_gradients(user, workspace);
@@ -346,7 +200,7 @@ impl Backward<'_> {
         for chunk in 0..user.expert.chunks() {
             let (b, dtype) = user.expert.b_rows(chunk, user.out_features);
             let product = Product {
-                p: dy,
+                p: self.dy.data.as_ptr().wrapping_add(user.column),
                 p_row: self.dy.width,
                 p_column: 1,
                 w: b.as_ptr(),
@@ -365,7 +219,7 @@ impl Backward<'_> {
     }
 
     /// Row 0 of the output gradients that a use's pair is multiplied with (wraps), and the distance to the next.
-    pub fn output_gradients(&self, user: &Use<'_>, workspace: &Workspace) -> (*const f32, usize) {
+    fn output_gradients(&self, user: &Use<'_>, workspace: &Workspace) -> (*const f32, usize) {
         match user.scaled {
             Some(start) => {
                 let first = workspace.scaled.as_ptr().wrapping_add(start);
@@ -618,7 +472,7 @@ impl Backward<'_> {
     }
 }
 
-pub(super) fn column_scale(site: &Site, slot: u32) -> Option<&[f32]> {
+fn column_scale(site: &Site, slot: u32) -> Option<&[f32]> {
     match site.experts.get(slot) {
         Some(Change::LowRank(expert)) => expert.column_scale.as_deref(),
         _ => None,

@@ -1,23 +1,19 @@
 //! Cross-entropy and its gradient.
 
-use super::elementwise::exp_or_nan;
 use crate::backend::cpu::parallel::{Shared, parallel_for};
-use crate::backend::cpu::sampling::largest;
-use crate::backend::cpu::simd::{Simd, multiversion};
+use crate::backend::cpu::sampling::{exp_or_nan, largest};
+use crate::backend::cpu::simd::multiversion;
 use crate::backend::cpu::{Buffer, Isa};
 
 const LANES: usize = 16;
 
 multiversion! {
     /// The loss of one row, into `loss`; with a weight the row becomes its gradient.
-    ///
-    /// # Safety
-    /// `isa` must be available.
-    fn cross_entropy_row(logits: &mut [f32], target: usize, weight: Option<f32>, loss: &mut f32) = row_body
+    fn cross_entropy_row(logits: &mut [f32], target: usize, weight: Option<f32>, loss: &mut f32) => row_body
 }
 
 #[inline(always)]
-unsafe fn row_body<S: Simd>(logits: &mut [f32], target: usize, weight: Option<f32>, loss: &mut f32) {
+fn row_body(logits: &mut [f32], target: usize, weight: Option<f32>, loss: &mut f32) {
     let maximum = largest(logits);
     let of_target = logits[target] - maximum;
     let (chunks, rest) = logits.as_chunks_mut::<LANES>();

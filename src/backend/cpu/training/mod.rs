@@ -14,6 +14,7 @@ mod loss;
 mod optimizer;
 mod product;
 mod trainee;
+mod uses;
 
 use std::ops::Range;
 
@@ -28,6 +29,13 @@ pub use trainee::Trainee;
 #[derive(Default)]
 pub struct Ranks {
     v: Vec<f32>,
+}
+
+/// Makes room for `len` elements.
+fn grow(buffer: &mut Vec<f32>, len: usize) {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
 }
 
 impl Training for Cpu {
@@ -121,7 +129,7 @@ impl Training for Cpu {
     }
 
     fn swiglu(&mut self, gate_up: &Buffer, rows: usize, y: &mut Buffer) -> Result<(), BackendError> {
-        super::elementwise::swiglu(gate_up, rows, y);
+        super::elementwise::swiglu(self.isa, gate_up, rows, y);
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! AdamW and the norm of gradients.
 
 use crate::backend::cpu::Isa;
-use crate::backend::cpu::simd::{Simd, multiversion};
+use crate::backend::cpu::simd::multiversion;
 use crate::backend::training::AdamW;
 
 /// Some parameters and what belongs to them, all of one length.
@@ -43,11 +43,11 @@ pub(super) fn update(isa: Isa, parameters: Parameters<'_>, step: &AdamW, lr: f64
 }
 
 multiversion! {
-    fn update_with(parameters: Parameters<'_>, factors: &Factors) = update_body
+    fn update_with(parameters: Parameters<'_>, factors: &Factors) => update_body
 }
 
 #[inline(always)]
-unsafe fn update_body<S: Simd>(parameters: Parameters<'_>, factors: &Factors) {
+fn update_body(parameters: Parameters<'_>, factors: &Factors) {
     let Parameters { weights, gradients, first_moments, second_moments } = parameters;
     let moments = first_moments.iter_mut().zip(second_moments);
     for ((weight, gradient), (first, second)) in weights.iter_mut().zip(gradients).zip(moments) {

@@ -39,10 +39,7 @@ pub fn random_problem(
         weights.iter().map(|w| (random.below(2) == 0).then(|| random.values(w.shape()[0]))).collect();
     let slots: Vec<Vec<Option<Change>>> = kinds
         .iter()
-        .map(|&kind| {
-            let all = (0..sites).map(|site| random_change(random, kind, &weights[site], site)).collect();
-            all
-        })
+        .map(|&kind| (0..sites).map(|site| random_change(random, kind, &weights[site], site)).collect())
         .collect();
     let mut entries = Vec::new();
     while entries.len() < rows {

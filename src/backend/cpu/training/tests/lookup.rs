@@ -9,8 +9,11 @@ use crate::tensor::{DType, Tensor};
 
 const VOCABULARY: usize = 23;
 const WIDTH: usize = 37;
-/// Tokens and experts of the sequences: slots 0 and 1 are trained, slot 2 is loaded.
-const SEQUENCES: [(&[u32], &[(u32, f32)]); 5] = [
+/// Tokens and experts.
+type Sequence = (&'static [u32], &'static [(u32, f32)]);
+
+/// Slots 0 and 1 are trained, slot 2 is loaded.
+const SEQUENCES: [Sequence; 5] = [
     (&[3, 9, 3], &[(0, 1.0)]),
     (&[1], &[]),
     (&[9, 22, 0, 9], &[(0, 0.5), (1, -0.7)]),
@@ -25,7 +28,7 @@ struct Problem {
     dy: Vec<f32>,
 }
 
-fn rows_of(sequences: &[(&[u32], &[(u32, f32)])]) -> Rows {
+fn rows_of(sequences: &[Sequence]) -> Rows {
     let mut rows = Rows::default();
     sequences.iter().for_each(|(tokens, entries)| rows.push_sequence(tokens, 0, 0, &[], entries));
     rows
@@ -61,7 +64,9 @@ impl Problem {
         let mut table = cpu.table(self.weight.clone()).unwrap();
         table.load(2, &SiteChange::LowRank(self.loaded.clone()));
         let trainees = (self.pairs.iter().enumerate())
-            .map(|(slot, pair)| Some(cpu.trainee(&mut [], &mut table, slot, &[pair.clone()], 0.4).unwrap()))
+            .map(|(slot, pair)| {
+                Some(cpu.trainee(&mut [], &mut table, slot, std::slice::from_ref(pair), 0.4).unwrap())
+            })
             .collect();
         (table, trainees)
     }
