@@ -38,9 +38,10 @@ impl RunConfig {
         let text = match std::str::from_utf8(bytes) {
             Ok(text) => text,
             Err(error) => {
-                let text = String::from_utf8_lossy(&bytes[..error.valid_up_to()]);
-                let document = Document { path, text: &text };
-                return Err(document.refuse(document.line(text.len()), "not UTF-8"));
+                let before = &bytes[..error.valid_up_to()];
+                let line = 1 + before.iter().filter(|&&byte| byte == b'\n').count();
+                let problem = "not UTF-8".to_owned();
+                return Err(ConfigError::Line { path: path.to_owned(), line, problem });
             }
         };
         let document = Document { path, text };

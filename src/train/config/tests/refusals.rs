@@ -252,6 +252,9 @@ const FILES: &[(&str, usize, &[&str])] = &[
     ),
     ("[base\nmodel = 1", 1, &["not valid TOML"]),
     ("[base]\nmodel = \"m\n", 2, &["not valid TOML"]),
+    ("[base]\nmodel = [\n", 2, &["not valid TOML"]),
+    ("[base]\nmodel = [\n\n", 3, &["not valid TOML"]),
+    ("[base]\nmodel = \"\"\"\n", 2, &["not valid TOML"]),
     ("[base]\nmodel = \"m\"\n[base]\n", 3, &["not valid TOML", "duplicate key"]),
 ];
 
@@ -346,6 +349,9 @@ fn a_file_that_cannot_be_read_is_named() {
     let error = RunConfig::read(folder.path()).unwrap_err().to_string();
     assert!(error.contains("not a regular file"), "{error}");
     std::fs::write(&path, b"[base]\nmodel = \"\xff\"\n").unwrap();
+    let error = RunConfig::read(&path).unwrap_err().to_string();
+    assert!(error.ends_with("CONFIG.toml:2: not UTF-8"), "{error}");
+    std::fs::write(&path, b"[base]\n\xff").unwrap();
     let error = RunConfig::read(&path).unwrap_err().to_string();
     assert!(error.ends_with("CONFIG.toml:2: not UTF-8"), "{error}");
     std::fs::write(&path, vec![b'#'; (4 << 20) + 1]).unwrap();
