@@ -120,6 +120,10 @@ fn what_cannot_be_planned_is_a_usage_error_that_names_it() {
         assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{arguments:?}");
         assert!(ran.stderr.contains(part), "{part}: {}", ran.stderr);
     }
+    let twice = format!("a={0} a={0}", example("adapters/general"));
+    let ran = plan(&["--model", &example("base"), "--lora-modules", &twice]);
+    assert_eq!(ran.code, Some(2));
+    assert!(ran.stderr.contains("adapter name \"a\" is given twice"), "{}", ran.stderr);
     let target = path("[[job]]\nname = \"a\"\ntrain = \"t\"\ntargets = [\"q_poj\"]\n");
     let ran = plan(&[target]);
     assert_eq!(ran.code, Some(2));

@@ -62,6 +62,7 @@ fn piece() -> impl Strategy<Value = String> {
         "\"adapter:x\"",
         "\"temperature\"",
         "'",
+        "\"\"\"",
         ".",
         "#",
         "\u{feff}",

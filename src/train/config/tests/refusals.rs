@@ -253,7 +253,7 @@ const FILES: &[(&str, usize, &[&str])] = &[
     ("[base\nmodel = 1", 1, &["not valid TOML"]),
     ("[base]\nmodel = \"m\n", 2, &["not valid TOML"]),
     ("[base]\nmodel = [\n", 2, &["not valid TOML"]),
-    ("[base]\nmodel = [\n\n", 3, &["not valid TOML"]),
+    ("[base]\nmodel = [\n\n", 2, &["not valid TOML"]),
     ("[base]\nmodel = \"\"\"\n", 2, &["not valid TOML"]),
     ("[base]\nmodel = \"m\"\n[base]\n", 3, &["not valid TOML", "duplicate key"]),
 ];
