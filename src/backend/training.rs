@@ -122,7 +122,7 @@ pub trait Training: Backend {
     /// `y = x` for the first `rows` rows.
     fn copy(&mut self, x: &Self::Buffer, rows: usize, y: &mut Self::Buffer) -> Result<(), BackendError>;
 
-    /// [`Backend::linear`] for rows in training: the same bits where nothing is dropped, and keeps `V` in `ranks`.
+    /// [`Backend::linear`] for rows in training, but for dropout and for rounding; keeps `V` in `ranks`.
     /// `number` is the group's: places of its sites are `SitePlace::Group(number, …)`.
     #[expect(clippy::too_many_arguments, reason = "one launch, and each argument is its own thing")]
     fn linear_kept(

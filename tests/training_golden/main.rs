@@ -8,19 +8,21 @@ mod finite_differences;
 mod trainer;
 
 use case::{Case, Differences, Job, SIGNS, cases};
+use loramux::adapter::Adapter;
 use loramux::backend::cpu::Isa;
+use loramux::backend::training::PairValues;
 use loramux::model::Recompute;
 use loramux::tensor::Tensor;
-use trainer::{Run, WHOLE, Way, train};
+use trainer::{Run, Trained, WHOLE, Way, train};
 
 const LOSS: f64 = 1e-5;
 /// Of a gradient's norm.
 const GRADIENT: f64 = 1e-5;
 const GRADIENT_NORM: f64 = 1e-4;
 const WEIGHT: f64 = 2e-5;
-/// What rounding does to an element of a gradient, of the root mean square of all: another order of PyTorch's own sums
-/// makes as large a difference.
-const ROUNDING: f64 = 1e-6;
+/// What rounding does to an element of a gradient, of the root mean square of all: PyTorch's own gradients of these
+/// cases in f32 are off by 2.9e-6 to 8.2e-6 from those in f64, at the worst element of a job.
+const ROUNDING: f64 = 5e-6;
 
 fn all(case: &Case) -> Vec<Run<'_>> {
     case.jobs.iter().map(Run::from).collect()
@@ -31,11 +33,39 @@ fn norm(values: &[f32]) -> f64 {
 }
 
 /// How far rounding can move each element by AdamW. The first update is `lr · g / |g|`: an error of `g` counts as its
-/// share of `g`, which is large where `g` happens to be nearly 0.
-fn moved_by_rounding(gradient: &[f32], lr: f64) -> Vec<f64> {
-    let error = ROUNDING * norm(gradient) / (gradient.len() as f64).sqrt();
-    let share = |&g: &f32| if g == 0.0 { 0.0 } else { (error / f64::from(g.abs())).min(2.0) };
-    gradient.iter().map(|g| lr * share(g)).collect()
+/// share of `g`, which is large where `g` happens to be nearly 0. Where such an element moves, the gradients of its rank
+/// in the pair's other matrix change by as large a share as the element has of its own.
+fn moved_by_rounding(adapter: &Adapter, trained: &Trained, lr: f64) -> Vec<PairValues> {
+    let own = |gradient: &Vec<f32>| -> Vec<f32> {
+        let error = ROUNDING * norm(gradient) / (gradient.len() as f64).sqrt();
+        let share = |&g: &f32| if g == 0.0 { 0.0 } else { (error / f64::from(g.abs())).min(2.0) };
+        gradient.iter().map(|g| (lr * share(g)) as f32).collect()
+    };
+    let largest = |moved: &[f32]| moved.iter().fold(0f64, |most, &moved| most.max(f64::from(moved)));
+    let pairs = adapter.sites.iter().zip(&trained.first_gradients).zip(&trained.weights);
+    pairs
+        .map(|((site, gradients), weights)| {
+            let rank = site.a.shape()[0];
+            let column =
+                |b: &[f32], r: usize| -> Vec<f32> { b.iter().skip(r).step_by(rank).copied().collect() };
+            let [a, b, magnitude] = [&gradients.a, &gradients.b, &gradients.magnitude].map(own);
+            let mut moved = PairValues { a: a.clone(), b: b.clone(), magnitude };
+            let width = a.len() / rank;
+            for r in 0..rank {
+                let row = r * width..(r + 1) * width;
+                let (of_a, of_b) = (largest(&a[row.clone()]), largest(&column(&b, r)));
+                let share = |moved: f64, of: &[f32]| {
+                    let size = norm(of) / (of.len() as f64).sqrt();
+                    (lr * if moved == 0.0 { 0.0 } else { (moved / size).min(2.0) }) as f32
+                };
+                let by_b = share(of_b, &column(&weights.b, r));
+                let by_a = share(of_a, &weights.a[row.clone()]);
+                moved.a[row].iter_mut().for_each(|moved| *moved += by_b);
+                moved.b.iter_mut().skip(r).step_by(rank).for_each(|moved| *moved += by_a);
+            }
+            moved
+        })
+        .collect()
 }
 
 #[test]
@@ -66,8 +96,10 @@ fn jobs_train_in_one_batch_as_each_alone_with_peft() {
                     assert!(off <= GRADIENT, "{label} {name}: gradient off by {off} of its norm");
                 });
                 let weights = case.tensors(&job.initial, &trained.weights);
+                let moved = moved_by_rounding(&job.initial, trained, job.optimizer.lr);
+                let moved = case.tensors(&job.initial, &moved);
                 job.weights.compare(&weights, |name, _, differences| {
-                    let moved = moved_by_rounding(&gradients[name], job.optimizer.lr);
+                    let moved = moved[name].clone();
                     let (differences, moved) = match differences {
                         Differences::Elements(differences) => (differences, moved),
                         Differences::Projections(differences) => {
@@ -77,7 +109,7 @@ fn jobs_train_in_one_batch_as_each_alone_with_peft() {
                     for (index, (off, moved)) in differences.iter().zip(moved).enumerate() {
                         worst[3] = worst[3].max(off.abs());
                         assert!(
-                            off.abs() <= WEIGHT + moved,
+                            off.abs() <= WEIGHT + f64::from(moved),
                             "{label} {name} {index}: off by {off} after training"
                         );
                     }

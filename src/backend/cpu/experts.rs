@@ -129,7 +129,7 @@ impl LowRank {
     /// Chunk `[out, 16]` of B, as the product reads it.
     pub fn b_chunk(&self, chunk: usize, out_features: usize) -> ChunkB {
         let (rows, dtype) = self.b_rows(chunk, out_features);
-        ChunkB { data: rows.as_ptr(), dtype }
+        ChunkB { data: rows.as_ptr(), dtype, ranks: self.ranks(chunk) }
     }
 
     /// Chunk `[out, 16]` of B and its element type.

@@ -29,6 +29,8 @@ const K_BLOCK: usize = 768;
 pub struct ChunkB {
     pub data: *const u8,
     pub dtype: DType,
+    /// Ranks that are not padding.
+    pub ranks: usize,
 }
 
 /// What an expert does to the output besides its chunks.
@@ -66,6 +68,7 @@ pub struct Terms {
 }
 
 /// One block of `Y`: what a thread computes at a time.
+#[derive(Clone)]
 pub struct Block<'a> {
     /// `[rows, k]`, the whole input.
     pub x: *const f32,
@@ -165,6 +168,8 @@ unsafe fn compute_stored<S: Simd, E: Element>(block: &Block<'_>, scratch: &mut S
         let mut column = block.columns.start;
         while column < block.columns.end {
             let width = match block.columns.end - column {
+                // Two tiles of 4, not one of 6 and two of 1: ranks are often 8.
+                8 => 4,
                 TILE_COLUMNS.. => TILE_COLUMNS,
                 4.. => 4,
                 _ => 1,
@@ -445,7 +450,10 @@ unsafe fn correct<S: Simd, const COLUMNS: usize>(
 
 impl Correction {
     /// Adds what this expert does to some columns: DoRA's scale of the frozen product, and its bias.
-    unsafe fn apply(&self, gate: f32, column: usize, scales: &mut [f32], added: &mut [f32]) {
+    ///
+    /// # Safety
+    /// The columns must exist.
+    pub unsafe fn apply(&self, gate: f32, column: usize, scales: &mut [f32], added: &mut [f32]) {
         // SAFETY: passed on from the caller.
         unsafe {
             for n in 0..added.len() {

@@ -5,16 +5,27 @@ use std::ops::Range;
 use super::experts::{Change, LowRank};
 use super::gemm::{Block, ChunkB, Correction, RunTerms, Terms, compute_block};
 use super::parallel::{Shared, parallel_for};
-use super::{Buffer, Cpu, Site};
+use super::{Buffer, Cpu, Isa, Site};
 use crate::backend::{CHUNK, GateRun, Gates, Write};
 use crate::tensor::DType;
 
-/// Rows of a block of the product: with K_BLOCK columns of X this takes 192 KiB of L2.
+/// Rows of a block of V: with K_BLOCK columns of X this takes 192 KiB of L2.
 const ROW_BLOCK: usize = 64;
 
-/// Columns of a block for many rows (its resting accumulators take at most 192 KiB), and for few.
-const COLUMN_BLOCK: usize = 48;
+/// Columns of a block of few rows.
 const WIDE_COLUMN_BLOCK: usize = 240;
+
+/// How blocks of the output are computed, and the size of those with many rows.
+pub(super) struct Kernel {
+    /// # Safety
+    /// As [`compute_block`].
+    pub compute: unsafe fn(Isa, &Block<'_>),
+    pub rows: usize,
+    pub columns: usize,
+}
+
+/// A block's resting accumulators take at most 192 KiB.
+const INFERENCE: Kernel = Kernel { compute: compute_block, rows: ROW_BLOCK, columns: 48 };
 
 /// Lists that are rebuilt for every layer, kept so that a step allocates nothing.
 #[derive(Default)]
@@ -63,15 +74,16 @@ unsafe impl Sync for Terms {}
 pub(super) fn linear(cpu: &mut Cpu, sites: &[Site], x: &Buffer, gates: &Gates, write: Write, y: &mut Buffer) {
     let mut v = std::mem::take(&mut cpu.workspace.v);
     let input = x.data.as_ptr();
-    linear_with(cpu, sites, x, gates, write, y, &mut v, |_, _, _| input);
+    linear_with(cpu, &INFERENCE, sites, x, gates, write, y, &mut v, |_, _, _| input);
     cpu.workspace.v = v;
 }
 
-/// [`linear`] that leaves V in `v`: site after site, run after run, `[rows, chunks, 16]`. A site's expert, by its index
+/// [`linear`] by some kernel that leaves V in `v`: site after site, run after run, `[rows, chunks, 16]`. A site's expert, by its index
 /// in a run, reads rows that start at `ranks_input(site, run, expert)` (where row 0 would lie).
 #[expect(clippy::too_many_arguments, reason = "the operation's own arguments")]
 pub(super) fn linear_with(
     cpu: &mut Cpu,
+    kernel: &Kernel,
     sites: &[Site],
     x: &Buffer,
     gates: &Gates,
@@ -96,7 +108,7 @@ pub(super) fn linear_with(
         assert_eq!(site.experts.in_features, x.width, "input width");
         let input = |run: &GateRun, expert| ranks_input(index, run, expert);
         list_terms(site, gates, &mut terms[index], shrinks, &mut v_len, input);
-        list_tasks(index, site, gates, tasks);
+        list_tasks(kernel, index, site, gates, tasks);
     }
     if v.len() < v_len {
         v.resize(v_len, 0.0);
@@ -133,7 +145,7 @@ pub(super) fn linear_with(
             v: ranks.get(),
         };
         // SAFETY: the buffers cover all rows (asserted above), the tasks cut the output into disjoint blocks.
-        unsafe { compute_block(isa, &block) };
+        unsafe { (kernel.compute)(isa, &block) };
     });
     cpu.workspace = workspace;
 }
@@ -225,7 +237,7 @@ fn list_shrinks(
     }
 }
 
-unsafe fn run_shrink(isa: super::Isa, shrink: &Shrink, v: *mut f32) {
+unsafe fn run_shrink(isa: Isa, shrink: &Shrink, v: *mut f32) {
     let block = Block {
         x: shrink.x,
         x_stride: shrink.k,
@@ -255,7 +267,7 @@ unsafe fn run_shrink(isa: super::Isa, shrink: &Shrink, v: *mut f32) {
 }
 
 /// Cuts a site's output into blocks; rows whose expert replaces the weight are blocks of their own.
-fn list_tasks(index: usize, site: &Site, gates: &Gates, tasks: &mut Vec<Task>) {
+fn list_tasks(kernel: &Kernel, index: usize, site: &Site, gates: &Gates, tasks: &mut Vec<Task>) {
     let replaced = |experts: &[u32]| {
         experts.iter().find_map(|&slot| match site.experts.get(slot) {
             Some(Change::Replace(weight)) => Some(weight),
@@ -270,9 +282,9 @@ fn list_tasks(index: usize, site: &Site, gates: &Gates, tasks: &mut Vec<Task>) {
         while let Some(next) = runs.next_if(|next| same(gates.experts_of(next))) {
             rows.end = next.rows.end;
         }
-        let wide = if rows.len() <= 4 { WIDE_COLUMN_BLOCK } else { COLUMN_BLOCK };
+        let wide = if rows.len() <= 4 { WIDE_COLUMN_BLOCK } else { kernel.columns };
         for columns in blocks(0..site.experts.out_features, wide) {
-            for rows in blocks(rows.clone(), ROW_BLOCK) {
+            for rows in blocks(rows.clone(), kernel.rows) {
                 tasks.push(Task {
                     site: index,
                     rows,

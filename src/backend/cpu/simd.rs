@@ -77,6 +77,8 @@ pub trait Simd: Copy {
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     /// The sum of all lanes, in one fixed tree.
     unsafe fn sum(v: Self::V) -> f32;
+    /// Exchanges lanes and vectors of the first `LANES` vectors.
+    unsafe fn transpose(v: &mut [Self::V; 16]);
 
     /// The first `count < LANES` elements, zero behind them.
     #[inline(always)]
@@ -222,6 +224,38 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn transpose(v: &mut [__m512; 16]) {
+        unsafe {
+            // Within each quarter of 4 lanes: 4 vectors against 4 lanes.
+            let mut quarters = [_mm512_setzero_ps(); 16];
+            for i in (0..16).step_by(4) {
+                let [a, b, c, d] = [v[i], v[i + 1], v[i + 2], v[i + 3]];
+                let pairs = [
+                    _mm512_unpacklo_ps(a, b),
+                    _mm512_unpacklo_ps(c, d),
+                    _mm512_unpackhi_ps(a, b),
+                    _mm512_unpackhi_ps(c, d),
+                ]
+                .map(|pair| _mm512_castps_pd(pair));
+                quarters[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[1]));
+                quarters[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[1]));
+                quarters[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[2], pairs[3]));
+                quarters[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[2], pairs[3]));
+            }
+            // Then the quarters: 0 and 2, or 1 and 3, of two vectors, and the same of what that gives.
+            for j in 0..4 {
+                let [a, b, c, d] = [quarters[j], quarters[4 + j], quarters[8 + j], quarters[12 + j]];
+                let (even, odd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+                let (even_2, odd_2) =
+                    (_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
+                v[j] = _mm512_shuffle_f32x4::<0x88>(even, even_2);
+                v[4 + j] = _mm512_shuffle_f32x4::<0x88>(odd, odd_2);
+                v[8 + j] = _mm512_shuffle_f32x4::<0xdd>(even, even_2);
+                v[12 + j] = _mm512_shuffle_f32x4::<0xdd>(odd, odd_2);
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn load_partial(from: *const f32, count: usize) -> __m512 {
         unsafe { _mm512_maskz_loadu_ps((1 << count) - 1, from) }
     }
@@ -288,6 +322,25 @@ impl Simd for Avx2 {
             let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn transpose(v: &mut [__m256; 16]) {
+        unsafe {
+            let mut halves = [_mm256_setzero_ps(); 8];
+            for i in [0, 4] {
+                let [a, b, c, d] = [v[i], v[i + 1], v[i + 2], v[i + 3]];
+                let (low, low_2) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
+                let (high, high_2) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
+                halves[i] = _mm256_shuffle_ps::<0x44>(low, low_2);
+                halves[i + 1] = _mm256_shuffle_ps::<0xee>(low, low_2);
+                halves[i + 2] = _mm256_shuffle_ps::<0x44>(high, high_2);
+                halves[i + 3] = _mm256_shuffle_ps::<0xee>(high, high_2);
+            }
+            for j in 0..4 {
+                v[j] = _mm256_permute2f128_ps::<0x20>(halves[j], halves[4 + j]);
+                v[4 + j] = _mm256_permute2f128_ps::<0x31>(halves[j], halves[4 + j]);
+            }
         }
     }
     #[inline(always)]
@@ -361,6 +414,14 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn sum(v: [f32; 8]) -> f32 {
         ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]))
+    }
+    #[inline(always)]
+    unsafe fn transpose(v: &mut [[f32; 8]; 16]) {
+        for i in 0..8 {
+            for j in 0..i {
+                (v[i][j], v[j][i]) = (v[j][i], v[i][j]);
+            }
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::grow;
-use super::product::{Product, accumulate};
+use super::product::{Along, Product, Sum, accumulate};
 use crate::backend::cpu::linear::blocks;
 use crate::backend::cpu::parallel::{Shared, parallel_for};
 use crate::backend::cpu::sampling::{exp_or_nan, largest};
@@ -137,6 +137,7 @@ impl Attention<'_> {
             p_column: 1,
             w: std::ptr::null(),
             dtype: DType::F32,
+            along: Along::Columns,
             w_stride: head_dim,
             depth: head_dim,
             rows: 0..positions.len(),
@@ -144,6 +145,7 @@ impl Attention<'_> {
             y: std::ptr::null_mut(),
             y_stride: width,
             write: Write::Replace,
+            sum: Sum::Running,
         };
         for (p, p_row, across, y) in [
             (q, width, &scratch.keys_across, &mut scratch.scores),

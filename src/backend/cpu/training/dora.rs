@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::grow;
 use super::linear::Backward;
 use super::optimizer::sum_of_squares;
-use super::product::{Product, accumulate};
+use super::product::{Along, Product, Sum, accumulate};
 use super::trainee::{Dora, TrainedPair};
 use super::uses::Use;
 use crate::backend::Write;
@@ -45,6 +45,7 @@ pub(super) fn scales(isa: Isa, pair: &TrainedPair, weight: &Tensor) -> Dora {
             p_column: 1,
             w: pair.weights.as_ptr().cast(),
             dtype: DType::F32,
+            along: Along::Columns,
             w_stride: k,
             depth: pair.rank,
             rows: 0..rows.len(),
@@ -52,6 +53,7 @@ pub(super) fn scales(isa: Isa, pair: &TrainedPair, weight: &Tensor) -> Dora {
             y: sum.as_mut_ptr(),
             y_stride: k,
             write: Write::Add,
+            sum: Sum::Running,
         };
         // SAFETY: A is `[rank, k]`, the factors `[rows, rank]`, the sum `[rows, k]`.
         unsafe { accumulate(isa, &product) };
@@ -158,6 +160,7 @@ fn add_magnitude(backward: &Backward<'_>, user: &Use<'_>, products: &mut [f32], 
             p_column: 1,
             w: b.get().cast_const().cast(),
             dtype: DType::F32,
+            along: Along::Columns,
             w_stride: out,
             depth: pair.rank,
             rows: 0..rows,
@@ -165,6 +168,7 @@ fn add_magnitude(backward: &Backward<'_>, user: &Use<'_>, products: &mut [f32], 
             y: products.get(),
             y_stride: out,
             write: Write::Add,
+            sum: Sum::Running,
         };
         // SAFETY: B transposed is `[rank, out]`, the products `[rows, out]`; these columns are this piece's.
         let gradients = unsafe {

@@ -2,7 +2,7 @@
 //!
 //! Nothing is dropped here: PEFT leaves tokens alone, too.
 
-use super::product::{Product, accumulate};
+use super::product::{Along, Product, Sum, accumulate};
 use crate::backend::cpu::experts::{Change, LowRank};
 use crate::backend::cpu::linear::{blocks, element};
 use crate::backend::cpu::parallel::{Shared, parallel_for};
@@ -99,6 +99,7 @@ impl Lookup<'_> {
                 p_column: 1,
                 w: b.as_ptr(),
                 dtype,
+                along: Along::Columns,
                 w_stride: CHUNK,
                 depth: width,
                 rows: self.run.rows.clone(),
@@ -106,6 +107,7 @@ impl Lookup<'_> {
                 y: y.wrapping_add(chunk * CHUNK),
                 y_stride: rank,
                 write: Write::Replace,
+                sum: Sum::Running,
             };
             // SAFETY: the run's rows of dy (asserted by the caller); a chunk is `[out, 16]`.
             unsafe { accumulate(self.isa, &product) };
@@ -126,6 +128,7 @@ impl Lookup<'_> {
                 p_column: rank,
                 w: dy.as_ptr().cast(),
                 dtype: DType::F32,
+                along: Along::Columns,
                 w_stride: width,
                 depth: self.run.rows.len(),
                 rows: 0..rank,
@@ -133,6 +136,7 @@ impl Lookup<'_> {
                 y: gradient.get(),
                 y_stride: width,
                 write: Write::Add,
+                sum: Sum::Running,
             };
             // SAFETY: the run's rows of V and dy; these columns are this piece's.
             unsafe { accumulate(self.isa, &product) };

@@ -6,7 +6,8 @@
 use std::ops::Range;
 
 use super::dora;
-use super::product::{Product, accumulate};
+use super::forward;
+use super::product::{Along, Product, Sum, accumulate};
 use super::uses::{Use, drop_inputs, list_uses, scale_outputs};
 use super::{Ranks, Trainee, grow};
 use crate::backend::cpu::experts::Change;
@@ -79,7 +80,7 @@ pub(super) fn linear_kept(
             None => x.data.as_ptr(),
         }
     };
-    linear_with(cpu, &group.0, x, learning.gates, write, y, &mut ranks.v, input);
+    linear_with(cpu, &forward::KERNEL, &group.0, x, learning.gates, write, y, &mut ranks.v, input);
     cpu.training = workspace;
 }
 
@@ -205,6 +206,7 @@ impl Backward<'_> {
                 p_column: 1,
                 w: b.as_ptr(),
                 dtype,
+                along: Along::Columns,
                 w_stride: CHUNK,
                 depth: user.out_features,
                 rows: rows.clone(),
@@ -212,6 +214,7 @@ impl Backward<'_> {
                 y: y.wrapping_add(chunk * CHUNK),
                 y_stride: user.v_stride,
                 write: Write::Replace,
+                sum: Sum::Running,
             };
             // SAFETY: passed on from the caller; a chunk is `[out, 16]`.
             unsafe { accumulate(self.isa, &product) };
@@ -457,6 +460,7 @@ impl Backward<'_> {
                     p_column: user.v_stride,
                     w: w.wrapping_add(user.rows.start * w_stride).cast(),
                     dtype: DType::F32,
+                    along: Along::Columns,
                     w_stride,
                     depth: user.rows.len(),
                     rows: 0..user.expert.rank,
@@ -464,6 +468,7 @@ impl Backward<'_> {
                     y: gradient.get(),
                     y_stride: *width,
                     write: Write::Add,
+                    sum: Sum::Running,
                 };
                 // SAFETY: the ranks and rows of the use; these columns of the gradient are this piece's.
                 unsafe { accumulate(self.isa, &product) };
@@ -508,6 +513,7 @@ impl Part {
             p_column: 1,
             w: self.w,
             dtype: self.dtype,
+            along: Along::Columns,
             w_stride,
             depth: self.depth,
             rows,
@@ -515,6 +521,7 @@ impl Part {
             y,
             y_stride,
             write: self.write,
+            sum: Sum::Panels,
         };
         // SAFETY: passed on from the caller.
         unsafe { accumulate(isa, &product) };

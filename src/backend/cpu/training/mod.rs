@@ -9,6 +9,7 @@ mod dora;
 mod dropout;
 mod elementwise;
 mod embed;
+mod forward;
 mod linear;
 mod loss;
 mod optimizer;

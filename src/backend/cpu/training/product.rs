@@ -1,12 +1,16 @@
-//! The matrix product of the backward pass, `Y (+)= P W`, both operands along the columns of Y.
+//! The matrix product of training, `Y (+)= P W`, computed along the columns of Y.
 //!
-//! `Y[m, c] (+)= Σ_n P[m, n] W[n, c]`, one accumulator per element over ascending `n`, which rests in Y between calls: a
-//! sum may be cut anywhere, and rows and columns may be computed in any company, with the same bits. With W a stored
-//! weight `[out, in]` this is `dx = Wᵀ dy`; with P read across (rows and columns exchanged) it is the sum over rows that
-//! is a parameter's gradient, `G += Pᵀ Q`.
+//! `Y[m, c] (+)= Σ_n P[m, n] W[n, c]`, over ascending `n`, and rows and columns may be computed in any company with the
+//! same bits. With W a stored weight `[out, in]` this is `dx = Wᵀ dy`; with W read across it is the forward pass
+//! `y = W x`; with P read across it is the sum over rows that is a parameter's gradient, `G += Pᵀ Q`.
 //!
 //! Blocking: a tile of up to 6 × 4 accumulators stays in registers for a block of `n`. The weights of that block are
-//! widened to f32 once (in L1) for all row tiles; f32 weights that few row tiles use are read in place.
+//! brought to f32 and along columns once (in L1) for all row tiles; f32 weights that lie so already and that few row
+//! tiles use are read in place.
+//!
+//! Inference has a product of its own ([`gemm`](crate::backend::cpu::gemm)), made for few rows: it reads weights along
+//! K as they are stored, but sums lanes for every output. With many rows, as training has them, turning the weights
+//! round costs less. The two differ in the order of a sum, so in rounding.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -23,6 +27,24 @@ const PANEL_DEPTH: usize = 96;
 /// Up to so many rows, f32 weights are read where they lie.
 const DIRECT_ROWS: usize = 24;
 
+/// In what order a sum is taken.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Sum {
+    /// Term after term, on top of what Y holds: may be cut anywhere into calls.
+    Running,
+    /// A sum for each [`PANEL_DEPTH`] terms, which are then added up: rounds less.
+    Panels,
+}
+
+/// What lies side by side in W.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Along {
+    /// `W[n, c]` lies at `w + n · w_stride + c`.
+    Columns,
+    /// `W[n, c]` lies at `w + c · w_stride + n`.
+    Depth,
+}
+
 /// `Y (+)= P W` for some rows and columns.
 #[derive(Clone)]
 pub struct Product {
@@ -30,9 +52,10 @@ pub struct Product {
     pub p: *const f32,
     pub p_row: usize,
     pub p_column: usize,
-    /// Row 0, column 0 of W, and the elements from one row to the next.
+    /// Row 0, column 0 of W, and the elements from one row (or column) to the next.
     pub w: *const u8,
     pub dtype: DType,
+    pub along: Along,
     pub w_stride: usize,
     /// Rows of W.
     pub depth: usize,
@@ -42,6 +65,7 @@ pub struct Product {
     pub y: *mut f32,
     pub y_stride: usize,
     pub write: Write,
+    pub sum: Sum,
 }
 
 thread_local! {
@@ -92,17 +116,28 @@ struct Panel {
 unsafe fn accumulate_stored<S: Simd, E: Element>(product: &Product, panel: *mut f32) {
     for columns in blocks(product.columns.clone(), PANEL_COLUMNS) {
         let width = columns.len();
-        let direct = E::SIZE == F32::SIZE && width % S::LANES == 0 && product.rows.len() <= DIRECT_ROWS;
+        let direct = E::SIZE == F32::SIZE
+            && product.along == Along::Columns
+            && width % S::LANES == 0
+            && product.rows.len() <= DIRECT_ROWS;
         let mut first = 0;
         loop {
             let depth = (product.depth - first).min(PANEL_DEPTH);
             let stride = product.w_stride * E::SIZE;
-            let stored = product.w.wrapping_add(first * stride + columns.start * E::SIZE);
+            let stored = match product.along {
+                Along::Columns => product.w.wrapping_add(first * stride + columns.start * E::SIZE),
+                Along::Depth => product.w.wrapping_add(columns.start * stride + first * E::SIZE),
+            };
             let (w, stride) = if direct {
                 (stored.cast::<f32>(), product.w_stride)
             } else {
-                // SAFETY: `depth` rows of `width` elements are readable; the panel holds them.
-                unsafe { widen::<S, E>(stored, stride, depth, width, panel) };
+                // SAFETY: `depth` times `width` elements are readable; the panel holds them.
+                unsafe {
+                    match product.along {
+                        Along::Columns => widen::<S, E>(stored, stride, depth, width, panel),
+                        Along::Depth => turn::<S, E>(stored, stride, depth, width, panel),
+                    }
+                }
                 (panel.cast_const(), PANEL_COLUMNS)
             };
             let part = Panel { w, stride, first, depth, column: columns.start, width };
@@ -136,6 +171,36 @@ unsafe fn widen<S: Simd, E: Element>(
             }
             if c < width {
                 S::store(to.add(c), E::load_partial::<S>(from.add(c * E::SIZE), width - c));
+            }
+        }
+    }
+}
+
+/// [`widen`] of `width` rows of `depth` elements, which become the panel's columns.
+#[inline(always)]
+unsafe fn turn<S: Simd, E: Element>(
+    from: *const u8,
+    stride: usize,
+    depth: usize,
+    width: usize,
+    panel: *mut f32,
+) {
+    for c in (0..width).step_by(S::LANES) {
+        for n in (0..depth).step_by(S::LANES) {
+            // SAFETY: passed on from the caller; both sides of the panel are whole vectors.
+            unsafe {
+                let mut square = [S::zero(); 16];
+                for (lane, vector) in square.iter_mut().enumerate().take(S::LANES.min(width - c)) {
+                    let from = from.add((c + lane) * stride + n * E::SIZE);
+                    *vector = match depth - n {
+                        rest if rest < S::LANES => E::load_partial::<S>(from, rest),
+                        _ => E::load::<S>(from),
+                    };
+                }
+                S::transpose(&mut square);
+                for (lane, vector) in square.iter().enumerate().take(S::LANES) {
+                    S::store(panel.add((n + lane) * PANEL_COLUMNS + c), *vector);
+                }
             }
         }
     }
@@ -207,11 +272,12 @@ unsafe fn tile<S: Simd, const ROWS: usize, const VECTORS: usize>(
     // SAFETY: passed on from the caller.
     unsafe {
         let mut sums = [[S::zero(); VECTORS]; ROWS];
-        if panel.first > 0 || product.write == Write::Add {
+        let goes_on = panel.first > 0 || product.write == Write::Add;
+        let count = |i: usize| if i + 1 == VECTORS { last } else { S::LANES };
+        if goes_on && product.sum == Sum::Running {
             for (m, row) in sums.iter_mut().enumerate() {
                 for (i, sum) in row.iter_mut().enumerate() {
-                    let partial = i + 1 == VECTORS && last < S::LANES;
-                    *sum = if partial { S::load_partial(at(m, i), last) } else { S::load(at(m, i)) };
+                    *sum = load::<S>(at(m, i), count(i));
                 }
             }
         }
@@ -228,15 +294,28 @@ unsafe fn tile<S: Simd, const ROWS: usize, const VECTORS: usize>(
                 }
             }
         }
+        if goes_on && product.sum == Sum::Panels {
+            for (m, row) in sums.iter_mut().enumerate() {
+                for (i, sum) in row.iter_mut().enumerate() {
+                    *sum = S::add(load::<S>(at(m, i), count(i)), *sum);
+                }
+            }
+        }
         for (m, row) in sums.iter().enumerate() {
             for (i, sum) in row.iter().enumerate() {
-                if i + 1 == VECTORS && last < S::LANES {
-                    S::store_partial(at(m, i), *sum, last);
-                } else {
-                    S::store(at(m, i), *sum);
+                match count(i) {
+                    count if count < S::LANES => S::store_partial(at(m, i), *sum, count),
+                    _ => S::store(at(m, i), *sum),
                 }
             }
         }
     }
     width
+}
+
+/// The first `count` elements of up to a whole vector, zero behind them.
+#[inline(always)]
+unsafe fn load<S: Simd>(from: *const f32, count: usize) -> S::V {
+    // SAFETY: passed on from the caller.
+    unsafe { if count < S::LANES { S::load_partial(from, count) } else { S::load(from) } }
 }
