@@ -39,8 +39,9 @@ fn a_training_run_takes_what_was_planned() {
     let checkpoint = Checkpoint::open(&config.model, &run.base.config).unwrap();
     let base = BaseShape::new(&run.base.config, &checkpoint).unwrap();
     let shapes = jobs(&config, &checkpoint).unwrap();
-    // The samples have 18 tokens on average.
-    let step = Step { mean_length: 18, ..Step::of(&config, &base) };
+    // The samples have 18 tokens on average, 10 of them labelled.
+    let step = Step::of(&config, &base);
+    let step = Step { mean_length: 18, labelled: step.rows * 10 / 18, ..step };
     let planned = training(&base, step, &shapes, None).unwrap();
     run.train(Cpu::new(Some(2)).unwrap(), None, Existing::Refuse, &mut |_| {}).unwrap();
     let taken = status("VmHWM") - before;

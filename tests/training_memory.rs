@@ -74,6 +74,9 @@ fn a_tape_takes_the_bytes_that_were_announced() {
                 all.push(announced);
             }
         }
-        assert!(all[0] > all[2] && all[2] > all[4], "{family}: less is kept, less is taken: {all:?}");
+        // Of two blocks there is only one that all rows pass whole.
+        let more_than_two = base.config.num_layers > 2;
+        assert_eq!(all[0] > all[2], more_than_two, "{family}: less is kept, less is taken: {all:?}");
+        assert!(all[0] >= all[2] && all[2] > all[4], "{family}: less is kept, less is taken: {all:?}");
     }
 }

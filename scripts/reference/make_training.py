@@ -13,6 +13,10 @@ starts from the adapter as it is. Written into the case:
                        [tensors, 8]: tensors by name, each as its products with eight vectors of signs. Eight products of
                        the difference of two tensors with random signs estimate the difference's norm.
 
+AdamW's first update of an element is its gradient's sign times the learning rate, whatever the size: an element whose
+first gradient is nearly 0 moves by chance, and all others after it. So the rows of the first step are drawn until no
+element's gradient is below 5e-5 of its tensor's root mean square (or it is 0).
+
 The loss is the mean over the labelled tokens of a step's rows; every row is run by itself, so nothing is padded. float32
 on the CPU with eager attention. Needs torch, transformers 5 and peft 0.21.
 """
@@ -31,6 +35,7 @@ from transformers import logging
 
 ROWS = 2
 SIGNS = 8
+SMALLEST_GRADIENT = 5e-5
 MASK = (1 << 64) - 1
 IGNORED = -100
 
@@ -62,20 +67,39 @@ def make_row(rng, vocabulary):
     return {"input_ids": ids.tolist(), "labels": labels.tolist()}
 
 
-def train(model, job, steps, tensors, table):
+def trained(model):
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    named = {name.replace(".default", ""): p for name, p in named.items()}
+    return {name.replace(".default", ""): p for name, p in named.items()}
+
+
+def mean_loss(model, rows):
+    total, count = 0.0, 0
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+        logits = model(ids).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        count += int((labels != IGNORED).sum())
+    return total / count
+
+
+def draw_first_rows(model, rng, vocabulary):
+    """Rows of whose gradients none is so small that rounding decides its sign."""
+    while True:
+        rows = [make_row(rng, vocabulary) for _ in range(ROWS)]
+        model.zero_grad()
+        mean_loss(model, rows).backward()
+        gradients = [p.grad.abs() for p in trained(model).values()]
+        if all((g[g > 0] >= SMALLEST_GRADIENT * g.square().mean().sqrt()).all() for g in gradients):
+            return rows
+
+
+def train(model, job, steps, tensors, table):
+    named = trained(model)
     optimizer = torch.optim.AdamW(
         named.values(), lr=job["lr"], weight_decay=job["wd"], betas=job["betas"], eps=job["eps"]
     )
     for index, step in enumerate(steps):
-        total, count = 0.0, 0
-        for row in step["rows"]:
-            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
-            logits = model(ids).logits[0, :-1]
-            total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-            count += int((labels != IGNORED).sum())
-        loss = total / count
+        loss = mean_loss(model, step["rows"])
         optimizer.zero_grad()
         loss.backward()
         gradients = {name: p.grad for name, p in named.items()}
@@ -104,8 +128,9 @@ def make_traces(case, seed, steps):
         rng = torch.Generator().manual_seed(zlib.crc32(f"{seed} {case.name} {folder.name}".encode()))
         job = {"name": folder.name, "lr": [1e-3, 3e-3, 5e-4][index % 3], "wd": [0.0, 0.1, 0.01][index % 3]}
         job |= {"betas": [0.9, 0.999], "eps": 1e-8, "steps": []}
-        job["steps"] = [{"rows": [make_row(rng, vocabulary) for _ in range(ROWS)]} for _ in range(steps)]
         model = PeftModel.from_pretrained(load(case / "model"), folder, is_trainable=True).train()
+        job["steps"] = [{"rows": draw_first_rows(model, rng, vocabulary)}]
+        job["steps"] += [{"rows": [make_row(rng, vocabulary) for _ in range(ROWS)]} for _ in range(steps - 1)]
         largest = max(p.numel() for p in model.parameters() if p.requires_grad)
         table = signs(largest) if table is None or table.shape[1] < largest else table
         count = train(model, job, job["steps"], tensors, table)

@@ -5,7 +5,7 @@
 
 use super::Depth;
 use super::forward::Pass;
-use super::tape::{Attention, Buffers, Tape, index_in};
+use super::tape::{Attention, Buffers, Half, Tape, index_in};
 use crate::backend::training::Training;
 use crate::backend::{BackendError, Write};
 
@@ -38,11 +38,16 @@ impl<B: Training> Pass<'_, B> {
         self.backend.rms_norm_backward(x, self.count(), weight, epsilon, dy, write, dx)
     }
 
-    /// From the gradient of the last stream down to the lowest that is adapted.
+    /// From the gradients that the last block's attention and the stream past it have, down to the lowest that is
+    /// adapted.
     pub fn backward(&mut self, tape: &mut Tape<B>) -> Result<(), BackendError> {
-        for index in (0..self.model.blocks.len()).rev() {
+        let last = self.model.blocks.len() - 1;
+        if !self.attention_backward(tape, last)? {
+            return Ok(());
+        }
+        for index in (0..last).rev() {
             self.recompute(tape, index)?;
-            if !self.mlp_backward(tape, index)? || !self.attention_backward(tape, index)? {
+            if !self.half_backward(index, &mut tape.half(index))? || !self.attention_backward(tape, index)? {
                 return Ok(());
             }
         }
@@ -50,41 +55,47 @@ impl<B: Training> Pass<'_, B> {
         self.backend.embed_backward(&self.model.embed_tokens, self.rows, d_stream, &mut self.learning)
     }
 
-    fn mlp_backward(&mut self, tape: &mut Tape<B>, index: usize) -> Result<bool, BackendError> {
-        let (block, count, ranks) = (self.block(index), self.count(), &tape.ranks[index]);
-        let Buffers { attention, gate_up, normed, gated, d_stream, d_normed, d_gate_up, d_gated, .. } =
-            &mut tape.buffers;
-        let gate_up = &gate_up[index_in(gate_up, index)];
-        let middle = &attention[index_in(attention, index)].middle;
-
-        self.backend.swiglu(gate_up, count, gated)?;
-        if !self.linear_backward(block.mlp_out, gated, &ranks.mlp_out, d_stream, d_gated)? {
+    /// What a block computes after its attention, backwards; says whether attention needs its gradient.
+    pub fn half_backward(&mut self, index: usize, half: &mut Half<'_, B>) -> Result<bool, BackendError> {
+        let (block, count) = (self.block(index), self.count());
+        self.backend.swiglu(half.gate_up, count, half.gated)?;
+        if !self.linear_backward(
+            block.mlp_out,
+            half.gated,
+            &half.ranks.mlp_out,
+            half.d_stream,
+            half.d_gated,
+        )? {
             return Ok(false);
         }
-        self.backend.swiglu_backward(gate_up, d_gated, count, d_gate_up)?;
-        self.norm(middle, &block.mlp_norm, normed)?;
-        if !self.linear_backward(block.mlp_in, normed, &ranks.mlp_in, d_gate_up, d_normed)? {
+        self.backend.swiglu_backward(half.gate_up, half.d_gated, count, half.d_gate_up)?;
+        self.norm(half.middle, &block.mlp_norm, half.normed)?;
+        if !self.linear_backward(
+            block.mlp_in,
+            half.normed,
+            &half.ranks.mlp_in,
+            half.d_gate_up,
+            half.d_normed,
+        )? {
             return Ok(false);
         }
-        self.norm_backward(middle, &block.mlp_norm, d_normed, Write::Add, d_stream)?;
-        Ok(true)
+        self.norm_backward(half.middle, &block.mlp_norm, half.d_normed, Write::Add, half.d_stream)?;
+        let ranks = &half.ranks.attention_out;
+        self.linear_backward(block.attention_out, half.context, ranks, half.d_stream, half.d_context)
     }
 
     fn attention_backward(&mut self, tape: &mut Tape<B>, index: usize) -> Result<bool, BackendError> {
         let (model, rows, block, norms) = (self.model, self.rows, self.block(index), self.head_norms(index));
         let Buffers { streams, attention, normed, d_stream, d_normed, d_context, d_qkv, .. } =
             &mut tape.buffers;
-        let (stream, ranks) = (&streams[index], &tape.ranks[index]);
-        let Attention { raw, qkv, context, .. } = &attention[index_in(attention, index)];
+        let (stream, ranks) = (&streams[index], &tape.ranks[index].attention_in);
+        let Attention { raw, qkv, context } = &attention[index_in(attention, index)];
 
-        if !self.linear_backward(block.attention_out, context, &ranks.attention_out, d_stream, d_context)? {
-            return Ok(false);
-        }
         self.backend.attention_backward(qkv, model.shape, block.window, rows, context, d_context, d_qkv)?;
         let raw = raw.as_ref().unwrap_or(qkv);
         self.backend.rope_backward(raw, model.shape, norms, &model.rotary, rows, d_qkv)?;
         self.norm(stream, &block.attention_norm, normed)?;
-        if !self.linear_backward(block.attention_in, normed, &ranks.attention_in, d_qkv, d_normed)? {
+        if !self.linear_backward(block.attention_in, normed, ranks, d_qkv, d_normed)? {
             return Ok(false);
         }
         self.norm_backward(stream, &block.attention_norm, d_normed, Write::Add, d_stream)?;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::tape::{Attention, Buffers, Picked, Tape, index_in};
+use super::tape::{Attention, Buffers, Half, Picked, Tape, index_in};
 use super::{Depth, LearningBatch, Recompute, RowTarget};
 use crate::backend::training::{Learning, Training};
 use crate::backend::{BackendError, HeadNorms, Rows, Write};
@@ -92,77 +92,80 @@ impl<'a, B: Training> Pass<'a, B> {
         self.backend.linear_kept(group, number, x, &self.learning, write, y, ranks)
     }
 
-    /// Runs all blocks. The residual streams stay on the tape, and with them what the backward pass is to find there.
+    /// Runs all blocks, the last up to its attention. The residual streams stay on the tape, and with them what the
+    /// backward pass is to find there.
     fn forward(&mut self, tape: &mut Tape<B>) -> Result<(), BackendError> {
         self.backend.embed(&self.model.embed_tokens, self.rows, &mut tape.buffers.streams[0])?;
-        for index in 0..self.model.blocks.len() {
+        let last = self.model.blocks.len() - 1;
+        for index in 0..last {
             self.attention(tape, index)?;
-            self.gate_up(tape, index)?;
-            self.output(tape, index)?;
+            let mut half = tape.half(index);
+            self.middle(index, &mut half)?;
+            self.gate_up(index, &mut half)?;
+            self.output(index, &mut half)?;
         }
-        Ok(())
+        self.attention(tape, last)
     }
 
-    /// Computes again what the backward pass of a block reads and the forward pass did not keep.
+    /// Computes again what the backward pass of a block (not the last) reads and the forward pass did not keep.
     pub fn recompute(&mut self, tape: &mut Tape<B>, index: usize) -> Result<(), BackendError> {
-        // The last block's is still there.
-        if index + 1 == self.model.blocks.len() {
-            return Ok(());
-        }
-        if tape.recompute == Recompute::Block {
+        let recompute = tape.recompute;
+        if recompute == Recompute::Block {
             self.attention(tape, index)?;
         }
-        if tape.recompute != Recompute::None {
-            self.gate_up(tape, index)?;
+        let mut half = tape.half(index);
+        if recompute == Recompute::Block {
+            self.middle(index, &mut half)?;
+        }
+        if recompute != Recompute::None {
+            self.gate_up(index, &mut half)?;
         }
         Ok(())
     }
 
-    /// A block's first half, up to the residual stream after attention.
+    /// A block's attention.
     fn attention(&mut self, tape: &mut Tape<B>, index: usize) -> Result<(), BackendError> {
         let (block, count) = (self.block(index), self.count());
         let Buffers { streams, attention, normed, .. } = &mut tape.buffers;
-        let (stream, ranks) = (&streams[index], &mut tape.ranks[index]);
         let kept = index_in(attention, index);
-        let Attention { raw, qkv, context, middle } = &mut attention[kept];
+        let Attention { raw, qkv, context } = &mut attention[kept];
 
-        self.norm(stream, &block.attention_norm, normed)?;
+        self.norm(&streams[index], &block.attention_norm, normed)?;
         let product = raw.as_mut().unwrap_or(qkv);
-        self.linear(block.attention_in, normed, Write::Replace, product, &mut ranks.attention_in)?;
+        let ranks = &mut tape.ranks[index].attention_in;
+        self.linear(block.attention_in, normed, Write::Replace, product, ranks)?;
         if let Some(raw) = raw {
             self.backend.copy(raw, count, qkv)?;
         }
         let (model, rows, norms) = (self.model, self.rows, self.head_norms(index));
         self.backend.rope_store(qkv, model.shape, norms, &model.rotary, rows, &mut tape.cache, 0)?;
-        self.backend.attention(qkv, block.window, rows, &tape.cache, 0, context)?;
-        self.backend.copy(stream, count, middle)?;
-        self.linear(block.attention_out, context, Write::Add, middle, &mut ranks.attention_out)
+        self.backend.attention(qkv, block.window, rows, &tape.cache, 0, context)
+    }
+
+    /// The residual stream after a block's attention.
+    fn middle(&mut self, index: usize, half: &mut Half<'_, B>) -> Result<(), BackendError> {
+        let (number, count) = (self.block(index).attention_out, self.count());
+        self.backend.copy(half.stream, count, half.middle)?;
+        self.linear(number, half.context, Write::Add, half.middle, &mut half.ranks.attention_out)
     }
 
     /// A block's gate and up products.
-    fn gate_up(&mut self, tape: &mut Tape<B>, index: usize) -> Result<(), BackendError> {
+    fn gate_up(&mut self, index: usize, half: &mut Half<'_, B>) -> Result<(), BackendError> {
         let block = self.block(index);
-        let Buffers { attention, gate_up, normed, .. } = &mut tape.buffers;
-        let kept = index_in(gate_up, index);
-
-        self.norm(&attention[index_in(attention, index)].middle, &block.mlp_norm, normed)?;
-        let ranks = &mut tape.ranks[index].mlp_in;
-        self.linear(block.mlp_in, normed, Write::Replace, &mut gate_up[kept], ranks)
+        self.norm(half.middle, &block.mlp_norm, half.normed)?;
+        self.linear(block.mlp_in, half.normed, Write::Replace, half.gate_up, &mut half.ranks.mlp_in)
     }
 
     /// The residual stream after a block.
-    fn output(&mut self, tape: &mut Tape<B>, index: usize) -> Result<(), BackendError> {
-        let count = self.count();
-        let Buffers { streams, attention, gate_up, gated, .. } = &mut tape.buffers;
-        let stream = &mut streams[index + 1];
-
-        self.backend.swiglu(&gate_up[index_in(gate_up, index)], count, gated)?;
-        self.backend.copy(&attention[index_in(attention, index)].middle, count, stream)?;
-        self.linear(self.block(index).mlp_out, gated, Write::Add, stream, &mut tape.ranks[index].mlp_out)
+    fn output(&mut self, index: usize, half: &mut Half<'_, B>) -> Result<(), BackendError> {
+        let (number, count) = (self.block(index).mlp_out, self.count());
+        self.backend.swiglu(half.gate_up, count, half.gated)?;
+        self.backend.copy(half.middle, count, half.after)?;
+        self.linear(number, half.gated, Write::Add, half.after, &mut half.ranks.mlp_out)
     }
 
-    /// Appends the losses of the labelled rows, whose logits exist some rows at a time. Leaves the gradient of the last
-    /// stream and says so, unless nothing below `lm_head` needs it.
+    /// Appends the losses of the labelled rows, some rows at a time. Leaves the gradients of the last block's attention
+    /// and of the stream past it and says so, unless nothing below needs them.
     fn losses(
         &mut self,
         tape: &mut Tape<B>,
@@ -179,7 +182,8 @@ impl<'a, B: Training> Pass<'a, B> {
         Ok(goes_on)
     }
 
-    /// Losses of some targets. `span` are the rows of the gradient to fill: theirs, and unlabelled ones around them.
+    /// What follows the last block's attention in some targets' rows: the rest of the block, logits and losses; and all
+    /// of that backwards. `span` are the rows of the gradients to fill: theirs, and unlabelled ones around them.
     fn chunk(
         &mut self,
         tape: &mut Tape<B>,
@@ -188,7 +192,6 @@ impl<'a, B: Training> Pass<'a, B> {
         losses: &mut Vec<f32>,
     ) -> Result<bool, BackendError> {
         let (model, rows, lowest) = (self.model, self.rows, self.lowest);
-        let Buffers { streams, normed, picked: stream, d_picked, d_normed, d_stream, .. } = &mut tape.buffers;
         let Picked { rows: picked, tokens, weights, keys, gates } = &mut tape.picked;
         picked.clear();
         tokens.clear();
@@ -201,24 +204,37 @@ impl<'a, B: Training> Pass<'a, B> {
             keys.push(self.learning.row_keys[target.row as usize]);
         }
         rows.gates.pick(picked, gates);
-        self.backend.pick_rows(&streams[model.blocks.len()], picked, gates, stream)?;
+        let last = model.blocks.len() - 1;
+        let (buffers, logits) = (&mut tape.buffers, &mut tape.logits);
+        let context = &buffers.attention[index_in(&buffers.attention, last)].context;
+        self.backend.pick_rows(context, picked, gates, &mut buffers.picked.context)?;
+        self.backend.pick_rows(&buffers.streams[last], picked, gates, &mut buffers.picked.stream)?;
 
         let trainees = &mut *self.learning.trainees;
         let learning = Learning { gates, row_keys: keys, trainees, gate_gradients: None };
         let mut head = Pass { model, backend: &mut *self.backend, rows, learning, lowest };
-        let (number, logits) = (model.lm_head, &mut tape.logits);
-        head.norm(stream, &model.final_norm, normed)?;
-        head.linear(number, normed, Write::Replace, logits, &mut tape.head_ranks)?;
+        let mut half = Half::of_picked(buffers, &mut tape.ranks[last]);
+        head.middle(last, &mut half)?;
+        head.gate_up(last, &mut half)?;
+        head.output(last, &mut half)?;
+        let number = model.lm_head;
+        head.norm(half.after, &model.final_norm, half.normed)?;
+        head.linear(number, half.normed, Write::Replace, logits, &mut tape.head_ranks)?;
         if lowest > Depth::of_group(number) {
             head.backend.cross_entropy(logits, tokens, None, losses)?;
             return Ok(false);
         }
         head.backend.cross_entropy(logits, tokens, Some(weights), losses)?;
-        if !head.linear_backward(number, normed, &tape.head_ranks, logits, d_normed)? {
+        if !head.linear_backward(number, half.normed, &tape.head_ranks, logits, half.d_normed)? {
             return Ok(false);
         }
-        head.norm_backward(stream, &model.final_norm, d_normed, Write::Replace, d_picked)?;
-        self.backend.scatter_rows(d_picked, picked, span, d_stream)?;
+        head.norm_backward(half.after, &model.final_norm, half.d_normed, Write::Replace, half.d_stream)?;
+        if !head.half_backward(last, &mut half)? {
+            return Ok(false);
+        }
+        let Buffers { d_stream, d_context, picked: picked_rows, .. } = buffers;
+        self.backend.scatter_rows(&picked_rows.d_context, picked, span.clone(), d_context)?;
+        self.backend.scatter_rows(&picked_rows.d_stream, picked, span, d_stream)?;
         Ok(true)
     }
 }

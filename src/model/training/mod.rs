@@ -1,9 +1,10 @@
 //! Training: the forward and backward pass of a whole transformer, written once for every family and every backend.
 //!
 //! The rows of a step are whole samples of many jobs, one sequence after another. The forward pass keeps on a [`Tape`]
-//! what the backward pass reads; of the labelled rows alone, some at a time, it makes logits, losses and their
-//! gradients. The backward pass takes the gradient of the residual stream from the last block to the lowest that any
-//! job of the step adapts; the base's own parameters get none.
+//! what the backward pass reads. What follows the last block's attention (the rest of the block, logits, losses) is
+//! computed of the labelled rows alone, some at a time, forwards and at once backwards. The backward pass takes the
+//! gradient of the residual stream from there to the lowest that any job of the step adapts; the base's own parameters
+//! get none.
 //!
 //! What is not kept is computed again by the same operations in the same order, so a gradient has the same bits
 //! whatever is kept. What a job's rows get does not depend on the others': they share no sum.

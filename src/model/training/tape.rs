@@ -90,11 +90,13 @@ pub(super) struct Picked {
 
 /// The activations of a tape, each `[rows, width]`, and with `d_` their gradients.
 pub(super) struct Buffers<T> {
-    /// The residual stream before each block and after the last.
+    /// The residual stream before each block.
     pub streams: Vec<T>,
     /// Of each block, or of one at a time.
     pub attention: Vec<Attention<T>>,
-    /// Of each block, or of one at a time.
+    /// The residual stream after attention, of each block but the last, or of one at a time.
+    pub middles: Vec<T>,
+    /// The gate and up products, of each block but the last, or of one at a time.
     pub gate_up: Vec<T>,
     /// Output of a norm: of all rows, or of the picked ones.
     pub normed: T,
@@ -105,9 +107,7 @@ pub(super) struct Buffers<T> {
     pub d_context: T,
     pub d_gate_up: T,
     pub d_gated: T,
-    /// The picked rows of the last stream.
-    pub picked: T,
-    pub d_picked: T,
+    pub picked: PickedRows<T>,
 }
 
 /// What is kept of a block's attention.
@@ -118,8 +118,35 @@ pub(super) struct Attention<T> {
     pub qkv: T,
     /// As attention leaves it.
     pub context: T,
-    /// The residual stream after it.
+}
+
+/// Of the picked rows, which alone go through the last block from its attention on: nobody reads the others.
+pub(super) struct PickedRows<T> {
+    /// The residual stream before the last block, after its attention, and after it.
+    pub stream: T,
     pub middle: T,
+    pub after: T,
+    pub context: T,
+    pub gate_up: T,
+    pub d_stream: T,
+    pub d_context: T,
+}
+
+/// What a block computes after its attention, and the gradients of that: of all rows, or of the picked ones.
+pub(super) struct Half<'a, B: Training> {
+    pub stream: &'a B::Buffer,
+    pub context: &'a B::Buffer,
+    pub middle: &'a mut B::Buffer,
+    pub gate_up: &'a mut B::Buffer,
+    pub after: &'a mut B::Buffer,
+    pub normed: &'a mut B::Buffer,
+    pub gated: &'a mut B::Buffer,
+    pub d_stream: &'a mut B::Buffer,
+    pub d_normed: &'a mut B::Buffer,
+    pub d_context: &'a mut B::Buffer,
+    pub d_gate_up: &'a mut B::Buffer,
+    pub d_gated: &'a mut B::Buffer,
+    pub ranks: &'a mut BlockRanks<B>,
 }
 
 impl<T> Buffers<T> {
@@ -134,24 +161,27 @@ impl<T> Buffers<T> {
         let (hidden, gated) = (config.hidden_size, config.intermediate_size);
         let (query, qkv) = (config.query_width(), config.query_width() + 2 * config.kv_width());
         let layers = config.num_layers;
-        let (kept_attention, kept_mlp) = match recompute {
-            Recompute::None => (layers, layers),
-            Recompute::Mlp => (layers, 1),
-            Recompute::Block => (1, 1),
+        let but_last = layers - 1;
+        let (kept_attention, kept_middles, kept_gate_up) = match recompute {
+            Recompute::None => (layers, but_last, but_last),
+            Recompute::Mlp => (layers, but_last, 1.min(but_last)),
+            Recompute::Block => (1, 1.min(but_last), 1.min(but_last)),
         };
+        let mut several =
+            |count: usize, width| (0..count).map(|_| make(rows, width)).collect::<Result<Vec<T>, E>>();
         Ok(Self {
-            streams: (0..=layers).map(|_| make(rows, hidden)).collect::<Result<_, _>>()?,
+            streams: several(layers, hidden)?,
+            middles: several(kept_middles, hidden)?,
+            gate_up: several(kept_gate_up, 2 * gated)?,
             attention: (0..kept_attention)
                 .map(|_| {
                     Ok(Attention {
                         raw: if config.qk_norm { Some(make(rows, qkv)?) } else { None },
                         qkv: make(rows, qkv)?,
                         context: make(rows, query)?,
-                        middle: make(rows, hidden)?,
                     })
                 })
                 .collect::<Result<_, E>>()?,
-            gate_up: (0..kept_mlp).map(|_| make(rows, 2 * gated)).collect::<Result<_, _>>()?,
             normed: make(rows, hidden)?,
             gated: make(rows, gated)?,
             d_stream: make(rows, hidden)?,
@@ -160,9 +190,67 @@ impl<T> Buffers<T> {
             d_context: make(rows, query)?,
             d_gate_up: make(rows, 2 * gated)?,
             d_gated: make(rows, gated)?,
-            picked: make(logit_rows, hidden)?,
-            d_picked: make(logit_rows, hidden)?,
+            picked: PickedRows {
+                stream: make(logit_rows, hidden)?,
+                middle: make(logit_rows, hidden)?,
+                after: make(logit_rows, hidden)?,
+                context: make(logit_rows, query)?,
+                gate_up: make(logit_rows, 2 * gated)?,
+                d_stream: make(logit_rows, hidden)?,
+                d_context: make(logit_rows, query)?,
+            },
         })
+    }
+}
+
+impl<B: Training> Tape<B> {
+    /// A block's second half, of all rows; not of the last block.
+    pub(super) fn half(&mut self, index: usize) -> Half<'_, B> {
+        let buffers = &mut self.buffers;
+        let [attention, middle, gate_up] =
+            [buffers.attention.len(), buffers.middles.len(), buffers.gate_up.len()]
+                .map(|kept| index.min(kept - 1));
+        let (until, after) = buffers.streams.split_at_mut(index + 1);
+        Half {
+            stream: &until[index],
+            context: &buffers.attention[attention].context,
+            middle: &mut buffers.middles[middle],
+            gate_up: &mut buffers.gate_up[gate_up],
+            after: &mut after[0],
+            normed: &mut buffers.normed,
+            gated: &mut buffers.gated,
+            d_stream: &mut buffers.d_stream,
+            d_normed: &mut buffers.d_normed,
+            d_context: &mut buffers.d_context,
+            d_gate_up: &mut buffers.d_gate_up,
+            d_gated: &mut buffers.d_gated,
+            ranks: &mut self.ranks[index],
+        }
+    }
+}
+
+impl<B: Training> Half<'_, B> {
+    /// The last block's, of the picked rows.
+    pub(super) fn of_picked<'a>(
+        buffers: &'a mut Buffers<B::Buffer>,
+        ranks: &'a mut BlockRanks<B>,
+    ) -> Half<'a, B> {
+        let PickedRows { stream, middle, after, context, gate_up, d_stream, d_context } = &mut buffers.picked;
+        Half {
+            stream,
+            context,
+            middle,
+            gate_up,
+            after,
+            normed: &mut buffers.normed,
+            gated: &mut buffers.gated,
+            d_stream,
+            d_normed: &mut buffers.d_normed,
+            d_context,
+            d_gate_up: &mut buffers.d_gate_up,
+            d_gated: &mut buffers.d_gated,
+            ranks,
+        }
     }
 }
 

@@ -65,9 +65,9 @@ fn nothing_is_computed_below_the_lowest_site() {
     // A site, the gradient of its group's input, and the one before that.
     let cases: [(&str, Below, Option<Below>); 4] = [
         ("lm_head", |buffers| &buffers.d_normed, None),
-        ("mlp.down_proj", |buffers| &buffers.d_gated, Some(|buffers| &buffers.d_stream)),
-        ("mlp.up_proj", |buffers| &buffers.d_context, Some(|buffers| &buffers.d_gate_up)),
-        ("self_attn.o_proj", |buffers| &buffers.d_context, Some(|buffers| &buffers.d_gate_up)),
+        ("mlp.down_proj", |buffers| &buffers.d_gated, Some(|buffers| &buffers.picked.d_stream)),
+        ("mlp.up_proj", |buffers| &buffers.picked.d_context, Some(|buffers| &buffers.d_gate_up)),
+        ("self_attn.o_proj", |buffers| &buffers.picked.d_context, Some(|buffers| &buffers.d_gate_up)),
     ];
     for (name, below, above) in cases {
         let mut backend = Cpu::new(Some(1)).unwrap();

@@ -185,9 +185,12 @@ fn memory(run: &RunConfig, base: &BaseShape, jobs: &[JobData<'_>]) -> Result<Est
     let limit = run.max_tokens_per_step.max(longest);
     let (samples, tokens) = files()
         .fold((0, 0), |(samples, tokens), data| (samples + data.samples.len(), tokens + data.counts.tokens));
+    let rows = limit.min(evaluated.max(trained));
+    let labelled = |data: &Dataset| (rows * data.counts.targets).div_ceil(data.counts.tokens.max(1));
     let step = Step {
         limit,
-        rows: limit.min(evaluated.max(trained)),
+        rows,
+        labelled: files().map(labelled).max().unwrap_or(0),
         mean_length: tokens / samples.max(1),
         ..Step::of(run, base)
     };

@@ -107,6 +107,8 @@ pub struct Step {
     pub limit: usize,
     /// Rows that the largest has.
     pub rows: usize,
+    /// How many of them are labelled.
+    pub labelled: usize,
     /// Of its sequences.
     pub mean_length: usize,
     pub recompute: Recompute,
@@ -115,7 +117,7 @@ pub struct Step {
 }
 
 impl Step {
-    /// The largest steps of a run, should no sample be longer. Evaluations fill them; where there are none, the jobs'
+    /// The largest steps of a run, should no sample be longer and every token be labelled. Evaluations fill them; where there are none, the jobs'
     /// batches bound them.
     pub fn of(config: &RunConfig, base: &BaseShape) -> Self {
         let context = base.config.max_position_embeddings;
@@ -130,9 +132,11 @@ impl Step {
             .take(config.max_concurrent_jobs)
             .fold(0, |sum: usize, rows| sum.saturating_add(*rows));
         let rows = if config.jobs.iter().any(is_evaluated) { usize::MAX } else { together };
+        let rows = rows.min(config.max_tokens_per_step);
         Self {
             limit: config.max_tokens_per_step,
-            rows: rows.min(config.max_tokens_per_step),
+            rows,
+            labelled: rows,
             mean_length: USUAL_LENGTH,
             recompute: config.recompute,
             concurrent: config.max_concurrent_jobs,
@@ -142,7 +146,7 @@ impl Step {
     /// The tape of such steps, as far as it is used: of the cache's pages, a sequence leaves half of one on average.
     fn tape_size(self, config: &ModelConfig) -> TapeSize {
         let logit_rows =
-            (Cpu::LOGITS_BYTES / (config.vocab_size * size_of::<f32>())).clamp(1, self.rows.max(1));
+            (Cpu::LOGITS_BYTES / (config.vocab_size * size_of::<f32>())).clamp(1, self.labelled.max(1));
         let sequences = self.rows.div_ceil(2 * self.mean_length.max(1));
         TapeSize { rows: self.rows, sequences, logit_rows }
     }
