@@ -21,6 +21,20 @@ pub struct TaskData {
     pub leakage: [usize; 2],
 }
 
+impl TaskData {
+    /// The answers that are classes in one of the task's files. The training data decides, because a small file may lack
+    /// some of them, or have answers that are few by chance; what the file has beyond them is added.
+    pub fn classes(&self, data: &Dataset) -> BTreeMap<String, usize> {
+        match &self.train {
+            Some(train) if train.classes.is_empty() => BTreeMap::new(),
+            Some(train) => {
+                train.classes.iter().chain(&data.classes).map(|(name, &n)| (name.clone(), n)).collect()
+            }
+            None => data.classes.clone(),
+        }
+    }
+}
+
 /// A batch in the making: drawn, and computed sample by sample.
 pub struct Batch {
     draws: Vec<Draw>,
@@ -184,4 +198,34 @@ impl Job {
 /// A number for the first row of a sample: different for every sample of every step of every seed, but for chance.
 fn row_key(seed: u64, step: u64, index: usize) -> u64 {
     Philox::new(seed).bits(step, index as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn data(classes: &[(&str, usize)]) -> Option<Arc<Dataset>> {
+        let classes = classes.iter().map(|&(name, samples)| (name.to_owned(), samples)).collect();
+        Some(Arc::new(Dataset { classes, ..Dataset::default() }))
+    }
+
+    #[test]
+    fn the_training_data_says_what_the_classes_are() {
+        let task = |train, test| TaskData { name: "t".to_owned(), train, valid: None, test, leakage: [0; 2] };
+        let classes = |task: TaskData| {
+            let test = task.test.clone().unwrap();
+            task.classes(&test).into_keys().collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(
+            classes(task(data(&[("no", 5), ("yes", 9)]), data(&[]))),
+            "no yes",
+            "too few lines to tell"
+        );
+        assert_eq!(
+            classes(task(data(&[("no", 5), ("yes", 9)]), data(&[("maybe", 1), ("no", 2)]))),
+            "maybe no yes"
+        );
+        assert_eq!(classes(task(data(&[]), data(&[("Paris", 2)]))), "", "answers are alike by chance");
+        assert_eq!(classes(task(None, data(&[("no", 2)]))), "no", "a guard task has no training data");
+    }
 }

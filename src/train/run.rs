@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::answer::Answerer;
+use super::answer::{Answerer, Questions};
 use super::checkpoint::{self, Affinity, JobState, JobTensors, Outcome};
 use super::config::{AdapterConfig, JobConfig, RunConfig, Targets};
 use super::data::{self, DataOptions, Dataset};
@@ -365,8 +365,13 @@ impl<B: Training> Hall<'_, B> {
         let scores = match self.answerer.filter(|_| max_tokens > 0 && !data.is_empty()) {
             Some(answerer) => {
                 let adapter = self.trainer.adapter(&job.seat)?;
-                let data: Vec<&Dataset> = data.iter().map(|(_, _, data)| *data).collect();
-                answerer.scores(&adapter, &data, max_tokens)?
+                let questions: Vec<Questions<'_>> = (data.iter())
+                    .map(|&(task, _, data)| Questions {
+                        samples: &data.samples,
+                        classes: tasks[task].classes(data),
+                    })
+                    .collect();
+                answerer.scores(&adapter, &questions, max_tokens)?
             }
             None => vec![Scores::default(); data.len()],
         };
