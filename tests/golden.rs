@@ -22,7 +22,7 @@ fn cases(test: impl Fn(&str, &Case)) {
 
 /// The last rows of `got` against those that the reference keeps.
 fn assert_close(got: &[f32], wanted: &[f32], what: &str) {
-    assert!((1..=got.len()).contains(&wanted.len()) && wanted.len() % VOCABULARY == 0, "{what}");
+    assert!((1..=got.len()).contains(&wanted.len()) && wanted.len().is_multiple_of(VOCABULARY), "{what}");
     let got = &got[got.len() - wanted.len()..];
     let worst = got
         .iter()
