@@ -38,7 +38,8 @@
 //! | [`model`] | a Hugging Face folder: configuration, weights, tokenizer, chat template, and the forward pass |
 //! | [`adapter`] | LoRA adapters: the sites they change, PEFT folders in and out |
 //! | [`mixture`] | which rows use which adapters, with which gates |
-//! | [`backend`] | the operations that a model is made of, and the CPU's |
+//! | [`backend`] | the operations that a model is made of, forwards and backwards, on the CPU and in CUDA |
+//! | [`train`] | many adapters trained in one batch: configuration, data, steps, evaluation, checkpoints, reports |
 //! | [`engine`] | requests in, tokens out: ragged batches, paged KV cache, sampling |
 //! | [`openai`] | the OpenAI protocol: bodies and batch files |
 //! | [`format`](mod@format) | checked files: safetensors, strict JSON, atomic writes |

@@ -56,7 +56,8 @@ fn matches(label: &str) {
             let Some(wanted) = case.logits(name, index) else { continue };
             mixed.push((gates[slot].as_slice(), prompt.as_slice()));
             let got = logits(&mut backend, &transformer, &[(&gates[slot], prompt)]).remove(0);
-            let error = relative_error(&got, &wanted);
+            // The reference keeps the last rows.
+            let error = relative_error(&got[got.len() - wanted.len()..], &wanted);
             assert!(error <= tolerance(element), "{label} {name} prompt {index}: logits are off by {error}");
             alone.push(got);
         }

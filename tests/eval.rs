@@ -7,7 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::forward::{entries, load, logits};
-use common::program::{Ran, command, copy_folder, finish};
+use common::program::{Ran, command, copy_folder, finish, read_lines};
+use common::training::TrainingRun;
 use common::{Case, repository};
 use loramux::backend::cpu::Cpu;
 use loramux::engine::{Engine, EngineOptions};
@@ -15,7 +16,7 @@ use loramux::format::read_json;
 use loramux::model::Base;
 use loramux::train::data::{Question, Sample, Target};
 use loramux::train::evaluate::{Measures, Subject, answer, evaluate, requests};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// `loramux eval` on the bundled base with two of its adapters.
 fn eval(tasks: &Path, limit: &str, more: &[&str]) -> Ran {
@@ -114,6 +115,23 @@ fn what_is_not_there_is_named() {
     let ran = eval(tasks.path(), "1", &["absent=/nosuch"]);
     assert_eq!((ran.code, ran.stdout.lines().count()), (Some(3), 2), "the others are scored: {}", ran.stdout);
     assert!(ran.stderr.contains("adapter `absent` is not served"), "{}", ran.stderr);
+}
+
+/// Answers with reasoning are judged by what follows it, and as one of the classes of the training data: the test file
+/// with its one line tells neither of them.
+#[test]
+fn a_job_reads_answers_as_its_training_data_has_them() {
+    let mut run = TrainingRun::new(&Case::open("llama").model());
+    let line = |prompt: &str, completion: &str| json!({"prompt": prompt, "completion": completion});
+    let (yes, no) = (line("A:", "<think>no?</think> yes"), line("B:", "<think>hm</think> no"));
+    run.data("train.jsonl", &[&yes, &yes, &no, &no]);
+    run.data("test.jsonl", &[line("A:", "yes")]);
+    let data = "train = \"train.jsonl\"\ntest = \"test.jsonl\"";
+    run.job("a", &format!("{data}\nsteps = 60\nlr = 1e-2\nbatch_size = 4\nwarmup_steps = 0"));
+    let lines = read_lines(&run.finish(&[]).out("a").join("metrics.jsonl"));
+    let eval = &lines.iter().rfind(|line| line.get("eval").is_some()).unwrap()["eval"];
+    assert_eq!((&eval["exact_match"], &eval["label_accuracy"]), (&json!(1.0), &json!(1.0)), "{eval}");
+    assert_eq!(eval["confusion"], json!({"yes": {"yes": 1}}));
 }
 
 // The library.

@@ -125,9 +125,11 @@ fn what_cannot_be_planned_is_a_usage_error_that_names_it() {
     assert_eq!(ran.code, Some(2));
     assert!(ran.stderr.contains("adapter name \"a\" is given twice"), "{}", ran.stderr);
     let target = path("[[job]]\nname = \"a\"\ntrain = \"t\"\ntargets = [\"q_poj\"]\n");
-    let ran = plan(&[target]);
-    assert_eq!(ran.code, Some(2));
-    assert!(ran.stderr.contains("job `a`: `q_poj` matches no module"), "{}", ran.stderr);
+    std::fs::write(folder.path().join("t"), "{\"text\": \"a b\"}\n").unwrap();
+    for ran in [plan(&[&target]), loramux(&["train", "--dry-run", &target])] {
+        assert_eq!(ran.code, Some(2));
+        assert!(ran.stderr.contains("job `a`: `q_poj` matches no module"), "{}", ran.stderr);
+    }
     assert!(loramux(&["plan", "--help"]).stdout.contains("CONFIG.toml"));
 }
 

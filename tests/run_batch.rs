@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use common::program::{Ran, command, finish, line, read_lines, write_lines};
-use common::{Case, ids};
+use common::{Case, VOCABULARY, ids};
 use loramux::adapter::Adapter;
 use loramux::adapter::peft::{Limits, WriteOptions, read_adapter, write_adapter};
 use loramux::model::Base;
@@ -131,9 +131,11 @@ fn a_mixed_batch_of_all_adapters_gives_what_peft_gives() {
             assert!(positions[0].is_null(), "{what}: nothing predicts the first token");
             let Some(logits) = batch.case.logits(name, index) else { continue };
             scored += 1;
-            let width = logits.len() / prompt.len();
-            for (position, entries) in positions.iter().enumerate().skip(1) {
-                let row = &logits[(position - 1) * width..position * width];
+            let rows: Vec<&[f32]> = logits.chunks(VOCABULARY).collect();
+            // The reference keeps the last rows, and each is about the token after it.
+            let first = prompt.len() - rows.len();
+            for (position, entries) in positions.iter().enumerate().skip(first + 1) {
+                let row = rows[position - 1 - first];
                 check_position(row, prompt[position] as usize, entries, &format!("{what} at {position}"));
             }
         }
@@ -267,7 +269,7 @@ fn logprobs_and_echo_have_the_shape_that_clients_parse() {
         ),
     ]);
     let logits = batch.case.logits("all-r8", 3).unwrap();
-    let last = &logits[logits.len() / scored.len() * (scored.len() - 1)..];
+    let last = &logits[logits.len() - VOCABULARY..];
     let first = batch.case.greedy("all-r8", 3)[0];
 
     let logprobs = &answers[0]["choices"][0]["logprobs"];

@@ -154,8 +154,9 @@ class Case:
         if not reported or len(reported) != len(prompt) or reported[0] is not None:
             return complain("prompt_logprobs missing or of another length than the prompt")
         worst, wrong_values = (0.0, ""), 0
-        for position, (token, entry) in enumerate(zip(prompt[1:], reported[1:]), start=1):
-            row = truth[position - 1]
+        first = len(prompt) - len(truth)  # the cases in tests/golden keep the last rows of some prompts
+        for position, (token, entry) in list(enumerate(zip(prompt, reported)))[first + 1 :]:
+            row = truth[position - 1 - first]
             if str(token) not in entry:
                 complain(f"prompt_logprobs[{position}] lacks the prompt token {token}")
             for key, value in entry.items():

@@ -20,8 +20,8 @@ use std::process::ExitCode;
 use clap::{ArgAction, Parser, Subcommand};
 
 /// What `--help` says about exit codes.
-const EXIT_CODES: &str = "Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 finished with failed lines or \
-                          adapters, 70 GPU lost, 130 interrupted, 143 terminated";
+const EXIT_CODES: &str = "Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 finished with failed lines, \
+                          adapters or jobs, 70 GPU lost, 130 interrupted, 143 terminated";
 
 /// One frozen base model and many LoRA adapters in one batch.
 #[derive(Parser)]
@@ -33,14 +33,17 @@ struct Cli {
     verbosity: Verbosity,
 }
 
+/// Where `--help` lists the flags that all commands have.
+const LAST: usize = 900;
+
 /// How much is said on standard error.
 #[derive(clap::Args, Clone, Copy)]
 pub(crate) struct Verbosity {
     /// Say nothing but errors
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    #[arg(short, long, global = true, conflicts_with = "verbose", display_order = LAST)]
     quiet: bool,
     /// Say more
-    #[arg(short, long, global = true, action = ArgAction::Count)]
+    #[arg(short, long, global = true, action = ArgAction::Count, display_order = LAST)]
     verbose: u8,
 }
 

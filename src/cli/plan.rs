@@ -18,7 +18,7 @@ use crate::train::plan::{
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Configuration of a training run; without, what serving --model takes
+    /// Configuration of a training run, of which no data is read; without, what serving --model takes
     #[arg(value_name = "CONFIG.toml", required_unless_present = "model")]
     config: Option<PathBuf>,
     /// Hugging Face folder of a base model to serve

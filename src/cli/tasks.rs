@@ -23,7 +23,7 @@ pub(crate) struct EvaluationArgs {
     /// Samples per task, from the first on; 0 takes all
     #[arg(long, default_value_t = 0, value_name = "N")]
     limit: usize,
-    /// Most tokens of an answer
+    /// Most tokens of an answer; 0 asks no questions
     #[arg(long, default_value_t = 24, value_name = "N")]
     max_tokens: usize,
 }

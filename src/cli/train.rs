@@ -21,18 +21,37 @@ use crate::train::report::{REPORT_FILE, write_run_report};
 use crate::train::run::{Event, JobResult, Run};
 use crate::train::tensorboard::EventWriter;
 
+/// What `--help` says beyond flags.
+const EXAMPLE: &str = r#"The least that a configuration says; paths are relative to it:
+
+    [base]
+    model = "examples/base"             # Hugging Face folder
+
+    [run]
+    out = "runs/first"                  # results go to runs/first/<job>/
+
+    [[job]]                             # one for each adapter
+    name = "ticket-routing"
+    train = "examples/tasks/ticket-routing/train.jsonl"
+    test = "examples/tasks/ticket-routing/test.jsonl"
+
+Each job leaves a PEFT folder with metrics.jsonl, report.html and manifest.json; <out>/report.html compares all jobs.
+All keys, data formats and files: docs/training.md. Without `save_every` there is nothing to resume from before a job
+ends. Exit code 3: some jobs failed, the others are done."#;
+
 #[derive(clap::Args)]
+#[command(after_help = EXAMPLE)]
 pub(crate) struct Args {
     /// Configuration of the run: base, jobs, data, hyperparameters
     #[arg(value_name = "CONFIG.toml")]
     config: PathBuf,
-    /// Print the plan and what is in the data, train nothing
+    /// Read base and data, print jobs, sizes of data, steps and memory; train and write nothing
     #[arg(long, conflicts_with_all = ["resume", "force"])]
     dry_run: bool,
-    /// Go on from the checkpoints of an earlier run; what is finished stays
+    /// Go on from the checkpoints of an earlier run; jobs that have ended stay as they are
     #[arg(long, conflicts_with = "force")]
     resume: bool,
-    /// Replace the results of an earlier run
+    /// Remove the results of an earlier run of these jobs and start anew
     #[arg(long)]
     force: bool,
     /// Threads of the CPU backend [default: all cores]

@@ -42,7 +42,7 @@ pub fn token_weights(samples: &[Weighed], balance: Balance, factors: Option<&[f6
 /// Task weights from the slopes of validation losses (CoBa: Gong et al. 2024, section 3).
 ///
 /// `history[i]` are task `i`'s validation losses over its first, oldest first. The slope `α_i(t)` is fitted by least
-/// squares over the last [`COBA_WINDOW`] of them, at every evaluation `t`. With `K` tasks and `N` evaluations:
+/// squares over the last ten of them, at every evaluation `t`. With `K` tasks and `N` evaluations:
 /// `RCS_i = softmax_i(K α_i / Σ_j |α_j|)` favours tasks that converge slowly, `ACS_i = softmax_i(−N α_i / Σ_t |α_i(t)|)`
 /// those that still converge rather than diverge, and
 /// `DF = min(1, N · softmax_t(−τ N α_max(t) / Σ_t |α_max(t)|))`, `α_max` the slope of the largest loss, goes from the

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::balance::{Weighed, coba_weights, token_weights};
 use super::config::{JobConfig, Sampling};
 use super::data::{Dataset, Sample};
-use super::metrics::{StepLine, TaskStep};
+use super::metrics::StepLine;
 use super::sampling::{Draw, Sampler, SamplingError, SamplingPlan};
 use crate::backend::sampling::Philox;
 
@@ -19,6 +19,20 @@ pub struct TaskData {
     pub test: Option<Arc<Dataset>>,
     /// Samples of `valid` and `test` that are in `train` too.
     pub leakage: [usize; 2],
+}
+
+impl TaskData {
+    /// The answers that are classes in one of the task's files. The training data decides, because a small file may lack
+    /// some of them, or have answers that are few by chance; what the file has beyond them is added.
+    pub fn classes(&self, data: &Dataset) -> BTreeMap<String, usize> {
+        match &self.train {
+            Some(train) if train.classes.is_empty() => BTreeMap::new(),
+            Some(train) => {
+                train.classes.iter().chain(&data.classes).map(|(name, &n)| (name.clone(), n)).collect()
+            }
+            None => data.classes.clone(),
+        }
+    }
 }
 
 /// A batch in the making: drawn, and computed sample by sample.
@@ -148,7 +162,7 @@ impl Job {
             let sample = self.sample(draw);
             line.tokens += sample.tokens.len();
             line.labels += sample.targets.len();
-            let task = line.tasks.entry(self.data[draw.task].name.clone()).or_insert(TaskStep::default());
+            let task = line.tasks.entry(self.data[draw.task].name.clone()).or_default();
             task.samples += 1;
             task.labels += sample.targets.len();
         }
@@ -184,4 +198,34 @@ impl Job {
 /// A number for the first row of a sample: different for every sample of every step of every seed, but for chance.
 fn row_key(seed: u64, step: u64, index: usize) -> u64 {
     Philox::new(seed).bits(step, index as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn data(classes: &[(&str, usize)]) -> Option<Arc<Dataset>> {
+        let classes = classes.iter().map(|&(name, samples)| (name.to_owned(), samples)).collect();
+        Some(Arc::new(Dataset { classes, ..Dataset::default() }))
+    }
+
+    #[test]
+    fn the_training_data_says_what_the_classes_are() {
+        let task = |train, test| TaskData { name: "t".to_owned(), train, valid: None, test, leakage: [0; 2] };
+        let classes = |task: TaskData| {
+            let test = task.test.clone().unwrap();
+            task.classes(&test).into_keys().collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(
+            classes(task(data(&[("no", 5), ("yes", 9)]), data(&[]))),
+            "no yes",
+            "too few lines to tell"
+        );
+        assert_eq!(
+            classes(task(data(&[("no", 5), ("yes", 9)]), data(&[("maybe", 1), ("no", 2)]))),
+            "maybe no yes"
+        );
+        assert_eq!(classes(task(data(&[]), data(&[("Paris", 2)]))), "", "answers are alike by chance");
+        assert_eq!(classes(task(None, data(&[("no", 2)]))), "no", "a guard task has no training data");
+    }
 }

@@ -48,8 +48,9 @@ pub enum TrainError {
     Backend(#[from] BackendError),
     #[error(transparent)]
     Engine(#[from] EngineError),
-    #[error(transparent)]
-    Fresh(#[from] FreshError),
+    /// A fresh adapter that this base has no place for.
+    #[error("job `{job}`: {source}")]
+    Fresh { job: String, source: FreshError },
     #[error(transparent)]
     Sampling(#[from] SamplingError),
     #[error(transparent)]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::answer::Answerer;
+use super::answer::{Answerer, Questions};
 use super::checkpoint::{self, Affinity, JobState, JobTensors, Outcome};
 use super::config::{AdapterConfig, JobConfig, RunConfig, Targets};
 use super::data::{self, DataOptions, Dataset};
@@ -365,8 +365,13 @@ impl<B: Training> Hall<'_, B> {
         let scores = match self.answerer.filter(|_| max_tokens > 0 && !data.is_empty()) {
             Some(answerer) => {
                 let adapter = self.trainer.adapter(&job.seat)?;
-                let data: Vec<&Dataset> = data.iter().map(|(_, _, data)| *data).collect();
-                answerer.scores(&adapter, &data, max_tokens)?
+                let questions: Vec<Questions<'_>> = (data.iter())
+                    .map(|&(task, _, data)| Questions {
+                        samples: &data.samples,
+                        classes: tasks[task].classes(data),
+                    })
+                    .collect();
+                answerer.scores(&adapter, &questions, max_tokens)?
             }
             None => vec![Scores::default(); data.len()],
         };
@@ -698,11 +703,13 @@ impl Reader<'_> {
         let mut adapter = match &config.adapter {
             &AdapterConfig::Fresh { rank, alpha, ref targets, use_rslora, use_dora, .. } => {
                 let sites = match targets {
-                    Targets::AllLinear => all_linear(table),
-                    Targets::Named(names) => named_sites(table, names)?,
+                    Targets::AllLinear => Ok(all_linear(table)),
+                    Targets::Named(names) => named_sites(table, names),
                 };
                 let fresh = Fresh { rank, alpha, use_rslora, use_dora, seed: config.seed };
-                fresh_adapter(table, &sites, &fresh, checkpoint)?
+                sites
+                    .and_then(|sites| fresh_adapter(table, &sites, &fresh, checkpoint))
+                    .map_err(|source| TrainError::Fresh { job: config.name.clone(), source })?
             }
             AdapterConfig::From { folder, .. } => {
                 read_adapter(folder, table, checkpoint, Limits { max_rank: usize::MAX })?

@@ -17,6 +17,9 @@ pub const FAMILIES: [&str; 6] = ["llama", "llama-tied", "qwen2", "qwen3", "mistr
 /// mscale, linear rope, windows of some layers, biases everywhere, 16-bit and sharded weights, uncommon adapters.
 pub const VARIANTS: [&str; 5] = ["llama-linear", "llama-yarn", "phi3-su", "qwen2-windows", "qwen3-biases"];
 
+/// Size of every case's vocabulary.
+pub const VOCABULARY: usize = 512;
+
 pub struct Case {
     pub folder: PathBuf,
     pub forward: Value,
@@ -54,7 +57,7 @@ impl Case {
         ids(&self.forward["greedy"][adapter][prompt])
     }
 
-    /// Logits `[tokens, vocabulary]` of a prompt, where the file keeps them.
+    /// Logits `[rows, VOCABULARY]` of the last rows of a prompt, where the file keeps them.
     pub fn logits(&self, adapter: &str, prompt: usize) -> Option<Vec<f32>> {
         let name = format!("logits.{adapter}.{prompt}");
         self.logits.contains(&name).then(|| self.logits.tensor(&name).unwrap().to_f32())

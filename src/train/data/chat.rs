@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::encode::{Asked, Encoded, Encoder, learned};
 use super::formats::Message;
-use super::{Question, Sample};
+use super::{Question, Sample, final_answer};
 use crate::model::ChatOptions;
 
 /// A conversation's turns as the chat template reads them.
@@ -136,7 +136,8 @@ impl Encoder<'_> {
         let targets = earlier.flat_map(|index| learned(&tokens, index..index + 1));
         let targets = targets.chain(learned(&tokens, answer..tokens.len())).collect();
         let text = text(&conversation.messages[turn.message].fields["content"]);
-        let question = text.map(|answer| Question { tokens: prompt, answer: answer.trim().to_owned() });
+        let question =
+            text.map(|answer| Question { tokens: prompt, answer: final_answer(&answer).to_owned() });
         let sample = Sample { tokens, targets, question, ..Sample::default() };
         Encoded { endless: stop.is_none(), ..sample.into() }
     }

@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::formats::{Content, Record};
-use super::{Question, Sample, Target};
+use super::{Question, Sample, Target, final_answer};
 use crate::model::chat_template::{ChatTemplate, ChatTemplateError};
 use crate::model::{Base, Tokenizer};
 
@@ -134,7 +134,7 @@ impl<'a> Encoder<'a> {
         let mut asked = self.ask(prompt, completion, true)?;
         self.end(&mut asked.tokens);
         let targets = learned(&asked.tokens, asked.answer..asked.tokens.len()).collect();
-        let answer = completion.trim().to_owned();
+        let answer = final_answer(completion).to_owned();
         let question = (!asked.prompt.is_empty()).then_some(Question { tokens: asked.prompt, answer });
         Ok(Sample { tokens: asked.tokens, targets, question, ..Sample::default() })
     }

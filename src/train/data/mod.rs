@@ -62,7 +62,7 @@ pub struct Sample {
 pub struct Question {
     /// Ready for generation: a chat ends with the generation prompt.
     pub tokens: Vec<u32>,
-    /// Without white space at its ends.
+    /// As [`final_answer`] gives it.
     pub answer: String,
 }
 
@@ -142,6 +142,12 @@ pub struct Leakage {
     pub samples: usize,
     /// The first few, as lines of the second file.
     pub lines: Vec<usize>,
+}
+
+/// What an answer says once its reasoning is over: what follows the last `</think>`, all of it where there is none, in
+/// both cases without white space at its ends. The opening `<think>` may stand in the prompt.
+pub fn final_answer(text: &str) -> &str {
+    text.rsplit_once("</think>").map_or(text, |(_, answer)| answer).trim()
 }
 
 /// Most lines that a message or a [`Leakage`] lists.

@@ -9,7 +9,7 @@ mod scores;
 
 use std::collections::BTreeMap;
 
-use super::data::{Sample, Target};
+use super::data::{Sample, Target, final_answer};
 use crate::adapter::StoreError;
 use crate::engine::request::{Completion, Request, TokenLogprobs};
 use crate::engine::{Engine, EngineError, Stream};
@@ -36,7 +36,7 @@ pub struct Measures {
     pub loss: bool,
 }
 
-/// The answer to a question without white space at its ends, or why there is none.
+/// The answer to a question as [`final_answer`] gives it, or why there is none.
 pub type Answer = Result<String, String>;
 
 /// The scores of each subject, in order; `on_done` is called after each request. All requests run as one batch.
@@ -151,7 +151,7 @@ fn collect(
         let Some(running) = running else { return Ok(None) };
         let finished = finish(running, on_done)?;
         let text = |completion: Completion| completion.choices.into_iter().next().map(|choice| choice.text);
-        Ok(Some(finished.map(|completion| text(completion).unwrap_or_default().trim().to_owned())))
+        Ok(Some(finished.map(|completion| final_answer(&text(completion).unwrap_or_default()).to_owned())))
     };
     questions.into_iter().map(&mut wait).collect()
 }

@@ -1,6 +1,6 @@
 //! `report.html`: what a job, or a whole run, did, in one page made from its files alone.
 //!
-//! A page is [`records`] (`metrics.jsonl` and `manifest.json`, read back) turned into tables and curves and put into a
+//! A page is `records` (`metrics.jsonl` and `manifest.json`, read back) turned into tables and curves and put into a
 //! template. It needs nothing else: styles and drawings stand in it, it runs no script and loads nothing, and its
 //! security policy says so. The same files give the same bytes.
 //!

@@ -1,5 +1,6 @@
 //! What configurations mean, what is refused and where, and that nothing panics.
 
+mod documentation;
 mod properties;
 mod refusals;
 

@@ -365,3 +365,13 @@ fn ranges_of_tokens_cover_the_text() {
         assert_eq!(end, text.len());
     }
 }
+
+#[test]
+fn reasoning_is_no_part_of_an_answer() {
+    for text in
+        ["yes", " yes\n", "<think>no?</think>\n\nyes", "no?</think>yes ", "<think>a</think>b</think> yes"]
+    {
+        assert_eq!(final_answer(text), "yes", "{text:?}");
+    }
+    assert_eq!(final_answer("<think> yes"), "<think> yes", "reasoning that did not end");
+}

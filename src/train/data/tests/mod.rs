@@ -1,5 +1,6 @@
 //! What a file of each format becomes, against a real base's tokenizer and chat template.
 
+mod documentation;
 mod files;
 mod labels;
 mod properties;
