@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::balance::{Weighed, coba_weights, token_weights};
 use super::config::{JobConfig, Sampling};
 use super::data::{Dataset, Sample};
-use super::metrics::{StepLine, TaskStep};
+use super::metrics::StepLine;
 use super::sampling::{Draw, Sampler, SamplingError, SamplingPlan};
 use crate::backend::sampling::Philox;
 
@@ -148,7 +148,7 @@ impl Job {
             let sample = self.sample(draw);
             line.tokens += sample.tokens.len();
             line.labels += sample.targets.len();
-            let task = line.tasks.entry(self.data[draw.task].name.clone()).or_insert(TaskStep::default());
+            let task = line.tasks.entry(self.data[draw.task].name.clone()).or_default();
             task.samples += 1;
             task.labels += sample.targets.len();
         }

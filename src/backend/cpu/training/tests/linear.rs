@@ -56,7 +56,8 @@ pub fn random_problem(
         let count = [1, 2, 5, 9][random.below(4)].min(rows - entries.len());
         for _ in 0..count {
             // Rows of a run have gates of their own.
-            let gate = |gate: f32| if gate == 1.0 || gate == 0.0 { gate } else { gate + 0.5 * random.value() };
+            let gate =
+                |gate: f32| if gate == 1.0 || gate == 0.0 { gate } else { gate + 0.5 * random.value() };
             let (slots, gates): (Vec<u32>, Vec<f32>) = set.iter().copied().unzip();
             entries.push(slots.into_iter().zip(gates.into_iter().map(gate)).collect());
         }
