@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::sampling::SamplerState;
@@ -35,7 +35,8 @@ pub struct JobState {
     /// Steps with a gradient that was not finite.
     pub bad_steps: u64,
     pub sampler: SamplerState,
-    /// Validation losses by task and evaluation, oldest first.
+    /// Validation losses by task and evaluation, oldest first; infinite where one was not finite.
+    #[serde(deserialize_with = "losses")]
     pub validation: Vec<Vec<f64>>,
     /// Step and mean validation loss of the best evaluation.
     pub best: Option<(u64, f64)>,
@@ -50,24 +51,65 @@ pub struct JobState {
     pub concluded: bool,
 }
 
+impl JobState {
+    /// Of a job that has not begun.
+    pub fn new(identity: Value, sampler: SamplerState, tasks: usize) -> Self {
+        Self {
+            identity,
+            step: 0,
+            updates: 0,
+            bad_steps: 0,
+            sampler,
+            validation: vec![Vec::new(); tasks],
+            best: None,
+            since_best: 0,
+            affinity: Affinity::default(),
+            metrics_bytes: 0,
+            outcome: None,
+            concluded: false,
+        }
+    }
+}
+
+/// Losses as JSON has them: what is infinite is `null` there.
+fn losses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Vec<f64>>, D::Error> {
+    let tasks = Vec::<Vec<Option<f64>>>::deserialize(deserializer)?;
+    let known = |task: Vec<Option<f64>>| task.into_iter().map(|loss| loss.unwrap_or(f64::INFINITY)).collect();
+    Ok(tasks.into_iter().map(known).collect())
+}
+
 /// Cosines between tasks' gradients since they were written last.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Affinity {
-    /// Sums over steps, `[tasks, tasks]`.
-    pub cosines: Vec<Vec<f64>>,
-    pub steps: u64,
+    /// Sums over the steps that had one, `[tasks, tasks]`; empty before the first step.
+    pub sums: Vec<Vec<f64>>,
+    /// How many steps those were.
+    pub steps: Vec<Vec<u64>>,
 }
 
 impl Affinity {
     /// Adds a step's.
-    pub fn add(&mut self, cosines: &[Vec<f64>]) {
-        if self.steps == 0 {
-            self.cosines = vec![vec![0.0; cosines.len()]; cosines.len()];
+    pub fn add(&mut self, cosines: &[Vec<Option<f64>>]) {
+        if self.sums.is_empty() {
+            self.sums = vec![vec![0.0; cosines.len()]; cosines.len()];
+            self.steps = vec![vec![0; cosines.len()]; cosines.len()];
         }
-        for (sums, row) in self.cosines.iter_mut().zip(cosines) {
-            sums.iter_mut().zip(row).for_each(|(sum, cosine)| *sum += cosine);
+        for (i, row) in cosines.iter().enumerate() {
+            for (j, cosine) in row.iter().enumerate() {
+                if let Some(cosine) = cosine {
+                    self.sums[i][j] += cosine;
+                    self.steps[i][j] += 1;
+                }
+            }
         }
-        self.steps += 1;
+    }
+
+    /// The mean cosine of each pair of tasks that had one.
+    pub fn means(&self) -> Vec<(usize, usize, f64)> {
+        let tasks = self.sums.len();
+        let pairs = (0..tasks).flat_map(|i| (i + 1..tasks).map(move |j| (i, j)));
+        let known = pairs.filter(|&(i, j)| self.steps[i][j] > 0);
+        known.map(|(i, j)| (i, j, self.sums[i][j] / self.steps[i][j] as f64)).collect()
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::answer::Answerer;
-use super::checkpoint::{self, Affinity, JobState, JobTensors, Outcome};
+use super::checkpoint::{self, JobState, JobTensors, Outcome};
 use super::config::{AdapterConfig, JobConfig, RunConfig, Targets};
 use super::data::{self, DataOptions, Dataset};
 use super::evaluate::Scores;
@@ -408,7 +408,7 @@ impl<B: Training> Hall<'_, B> {
     /// Lets validation losses act: on what is drawn and how it weighs, and on whether training goes on.
     fn follow(&mut self, job: &mut Seated, losses: &[(usize, f64)]) -> Result<(), TrainError> {
         for &(task, loss) in losses {
-            job.state.validation[task].push(loss);
+            job.state.validation[task].push(if loss.is_finite() { loss } else { f64::INFINITY });
         }
         job.seat.job.follow_validation(&job.state.validation);
         let trained: Vec<f64> = (losses.iter())
@@ -419,7 +419,7 @@ impl<B: Training> Hall<'_, B> {
             return Ok(());
         };
         let mean = trained.iter().sum::<f64>() / trained.len() as f64;
-        if job.state.best.is_none_or(|(_, best)| mean < best) {
+        if mean.is_finite() && job.state.best.is_none_or(|(_, best)| mean < best) {
             job.state.best = Some((job.state.step, mean));
             job.state.since_best = 0;
             job.best = Some(self.trainer.weights(&job.seat)?);
@@ -433,17 +433,12 @@ impl<B: Training> Hall<'_, B> {
     }
 
     fn write_affinity(&mut self, job: &mut Seated, step: u64) -> Result<(), TrainError> {
-        let affinity = std::mem::take(&mut job.state.affinity);
-        if affinity.steps == 0 {
+        let means = std::mem::take(&mut job.state.affinity).means();
+        if means.is_empty() {
             return Ok(());
         }
-        let tasks = &job.seat.job.data;
-        let mut pairs = Vec::new();
-        for (i, row) in affinity.cosines.iter().enumerate() {
-            for (j, sum) in row.iter().enumerate().skip(i + 1) {
-                pairs.push(json!([tasks[i].name, tasks[j].name, sum / affinity.steps as f64]));
-            }
-        }
+        let name = |index: usize| &job.seat.job.data[job.seat.tasks[index]].name;
+        let pairs: Vec<Value> = means.iter().map(|&(i, j, mean)| json!([name(i), name(j), mean])).collect();
         let line = json!({"job": job.name(), "step": step, "affinity": pairs});
         Ok(job.metrics.append(&line)?)
     }
@@ -714,25 +709,5 @@ impl Reader<'_> {
             AdapterConfig::Fresh { .. } => Vec::new(),
         };
         Ok((adapter, lineage))
-    }
-}
-
-impl JobState {
-    /// Of a job that has not begun.
-    fn new(identity: Value, sampler: super::sampling::SamplerState, tasks: usize) -> Self {
-        Self {
-            identity,
-            step: 0,
-            updates: 0,
-            bad_steps: 0,
-            sampler,
-            validation: vec![Vec::new(); tasks],
-            best: None,
-            since_best: 0,
-            affinity: Affinity::default(),
-            metrics_bytes: 0,
-            outcome: None,
-            concluded: false,
-        }
     }
 }
