@@ -20,8 +20,8 @@ use std::process::ExitCode;
 use clap::{ArgAction, Parser, Subcommand};
 
 /// What `--help` says about exit codes.
-const EXIT_CODES: &str = "Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 finished with failed lines or \
-                          adapters, 70 GPU lost, 130 interrupted, 143 terminated";
+const EXIT_CODES: &str = "Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 finished with failed lines, \
+                          adapters or jobs, 70 GPU lost, 130 interrupted, 143 terminated";
 
 /// One frozen base model and many LoRA adapters in one batch.
 #[derive(Parser)]

@@ -3,8 +3,10 @@
 use std::fmt::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use loramux::backend::cpu::Cpu;
+use loramux::train::answer::EngineAnswerer;
 use loramux::train::config::RunConfig;
 use loramux::train::folder::Existing;
 use loramux::train::run::{Event, Run};
@@ -89,7 +91,9 @@ impl TrainingRun {
                 resume_unwind(Box::new("stopped"));
             }
         };
-        let train = || run.train(Cpu::new(Some(1)).unwrap(), None, Existing::Resume, &mut stop);
+        let answerer = EngineAnswerer::start(Arc::clone(&run.base), Some(1)).unwrap();
+        let backend = Cpu::new(Some(1)).unwrap();
+        let train = || run.train(backend, Some(&answerer), Existing::Resume, &mut stop);
         let ran = catch_unwind(AssertUnwindSafe(train));
         assert!(ran.is_err(), "{job} ended before step {step}");
         self

@@ -53,6 +53,50 @@ fn promise_3_an_adapter_trains_to_the_same_bits_alone_and_beside_others() {
     }
 }
 
+/// Generated answers are evaluated on another engine than the one that trains: they are the job's own all the same.
+#[test]
+fn promise_3_answers_in_evaluations_are_the_same_alone_beside_others_and_resumed() {
+    let prepare = |beside: bool| {
+        let mut run = TrainingRun::new(&golden_model());
+        let asked = |index: usize| {
+            let label = if index.is_multiple_of(3) { "yes" } else { "no" };
+            json!({"text": format!("number {index} is odd?"), "label": label, "group": if index.is_multiple_of(2) { "a" } else { "b" }})
+        };
+        let train = run.data("asked.jsonl", &(0..9).map(asked).collect::<Vec<_>>());
+        let test = run.data("asked-test.jsonl", &(20..25).map(asked).collect::<Vec<_>>());
+        for (name, lr) in [("asked", 2e-2), ("another", 1e-2)].into_iter().take(1 + usize::from(beside)) {
+            let keys = format!(
+                "train = \"{train}\"\ntest = \"{test}\"\nvalid = \"{test}\"\nrank = 4\nlr = {lr}\nsteps = 5\n\
+                 batch_size = 3\neval_every = 2\neval_max_tokens = 4\nsave_every = 1"
+            );
+            run.job(name, &keys);
+        }
+        run
+    };
+    let alone = prepare(false);
+    alone.finish(&[]);
+    let wanted = without_paths(alone.results("asked"));
+    let beside = prepare(true);
+    beside.finish(&["--threads", "2"]);
+    assert_same_results(&wanted, &without_paths(beside.results("asked")), "beside another");
+    let resumed = prepare(true);
+    resumed.stop_after("asked", 3).finish(&["--resume"]);
+    assert_same_results(&wanted, &without_paths(resumed.results("asked")), "resumed");
+    let evaluations = alone.metrics("asked", "eval");
+    assert_eq!(evaluations.len(), 2 + 2 + 2);
+    for line in &evaluations {
+        assert!(line["eval"]["exact_match"].is_f64() && line["eval"]["samples"] == 5, "{line}");
+        assert!(
+            line["eval"]["confusion"].is_object() && line["eval"]["groups"]["a"]["samples"] == 3,
+            "{line}"
+        );
+    }
+    assert_ne!(
+        evaluations[0]["eval"]["confusion"], evaluations[5]["eval"]["confusion"],
+        "it learned nothing"
+    );
+}
+
 #[test]
 fn promise_5_a_gradient_that_is_not_finite_stops_its_job_alone() {
     let mut run = TrainingRun::new(&golden_model());

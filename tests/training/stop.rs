@@ -85,6 +85,14 @@ fn a_job_that_diverges_is_resumed_like_any_other() {
                           eval_every = 1\nsave_every = 1";
             add_tasks(&mut run, name, &tasks, 1, &format!("{shared}\n{keys}"));
         }
+        // Answers of weights that can no longer say anything.
+        let asked = |index: usize| json!({"text": format!("number {index}"), "label": if index < 3 { "a" } else { "b" }});
+        let file = run.data("asked.jsonl", &(0..6).map(asked).collect::<Vec<_>>());
+        let keys = format!(
+            "train = \"{file}\"\nvalid = \"{file}\"\nrank = 4\nlr = 1e18\nmax_grad_norm = 0\nwarmup_steps = 0\n\
+             steps = 12\nbatch_size = 4\neval_every = 3\neval_max_tokens = 3\nmax_bad_steps = 100\nsave_every = 1"
+        );
+        run.job("asked", &keys);
         add_job(&mut run, 0, "");
         run
     };
@@ -103,7 +111,7 @@ fn a_job_that_diverges_is_resumed_like_any_other() {
         let resumed = prepare();
         let ran = resumed.stop_after("diverging", stop).train(&["--resume"]);
         assert_eq!(ran.code, Some(3), "{}", ran.stderr);
-        for job in ["diverging", "hard", "job-0"] {
+        for job in ["diverging", "hard", "asked", "job-0"] {
             let wanted = without_paths(run.results(job));
             assert_same_results(
                 &wanted,
