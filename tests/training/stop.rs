@@ -3,22 +3,27 @@
 use super::tasks::add_tasks;
 use super::*;
 
-/// A job that learns its few samples by heart, and gets worse on others soon.
-fn overfitted(save_every: u64) -> TrainingRun {
+/// A job that learns its few samples by heart, and gets worse on others soon. A guard only gets better.
+fn overfitted(keys: &str, guard: bool) -> TrainingRun {
     let mut run = TrainingRun::new(&golden_model());
     let train = run.data("train.jsonl", &token_lines(6, 500, 5));
     let valid = run.data("valid.jsonl", &token_lines(4, 500, 6));
-    let keys = format!(
-        "train = \"{train}\"\nvalid = \"{valid}\"\ntest = \"{valid}\"\nrank = 4\nlr = 2e-3\nschedule = \"constant\"\n\
-         warmup_steps = 0\nbatch_size = 3\nsteps = 60\neval_every = 2\nearly_stop = 3\nsave_every = {save_every}"
+    let mut text = format!(
+        "rank = 4\nlr = 2e-3\nschedule = \"constant\"\nwarmup_steps = 0\nbatch_size = 3\neval_every = 2\n{keys}\n\
+         [[job.task]]\nname = \"a\"\ntrain = \"{train}\"\nvalid = \"{valid}\"\ntest = \"{valid}\"\n"
     );
-    run.job("a", &keys);
+    if guard {
+        text += &format!("[[job.task]]\nname = \"guard\"\nvalid = \"{train}\"\n");
+    }
+    run.job("a", &text);
     run
 }
 
+const STOPPING: &str = "steps = 60\nearly_stop = 3";
+
 #[test]
 fn a_job_stops_when_it_gets_worse_and_keeps_its_best_weights() {
-    let run = overfitted(0);
+    let run = overfitted(STOPPING, false);
     run.finish(&[]);
     let manifest = run.manifest("a");
     assert_eq!(manifest["outcome"], "stopped early");
@@ -38,16 +43,13 @@ fn a_job_stops_when_it_gets_worse_and_keeps_its_best_weights() {
     assert_eq!(last, (steps, best.1));
     assert_ne!(valid.last().unwrap().1, best.1);
 
-    // They are the weights of a run that ends there.
-    let mut short = overfitted(0);
-    let table = std::fs::read_to_string(run.config()).unwrap();
-    let keys = table.split("name = \"a\"\n").nth(1).unwrap();
-    let keys = keys
-        .replace("steps = 60", &format!("steps = {}", best.0))
-        .replace("early_stop = 3", "early_stop = 0");
-    short.job("a", &keys.replace(&format!("warmup_steps = {}", best.0), "warmup_steps = 0"));
-    short.finish(&[]);
-    assert!(short.results("a")[1].1 == run.results("a")[1].1);
+    // They are the weights of a run that ends there, and a guard has no say.
+    let short = overfitted(&format!("steps = {}", best.0), false);
+    let guarded = overfitted(STOPPING, true);
+    for other in [short, guarded] {
+        other.finish(&[]);
+        assert!(other.results("a")[1].1 == run.results("a")[1].1);
+    }
 
     // Stopped is ended: nothing is trained or written again.
     let (files, times) = (run.files("a"), modified(&run));
@@ -56,7 +58,7 @@ fn a_job_stops_when_it_gets_worse_and_keeps_its_best_weights() {
 
     // Interrupted before the best step, between it and the stop, and at the stop.
     for stop in [best.0 - 1, best.0 + 3, steps] {
-        let resumed = overfitted(1);
+        let resumed = overfitted(&format!("{STOPPING}\nsave_every = 1"), false);
         resumed.stop_after("a", stop).finish(&["--resume"]);
         let (found, wanted) = (resumed.results("a"), run.results("a"));
         assert_same_results(&wanted[..3], &found[..3], &format!("resumed after step {stop}"));
