@@ -71,6 +71,11 @@ pub(crate) fn run(args: &Args, verbosity: Verbosity) -> Result<Outcome, Failure>
     }
     let run = Run::open(config).map_err(Failure::usage)?;
     if args.dry_run {
+        let refused = run.refused.iter().map(|(job, error)| format!("job {job}: {error}"));
+        let refused: Vec<String> = refused.collect();
+        if !refused.is_empty() {
+            return Err(Failure::Usage(refused.join("\nerror: ")));
+        }
         print(&run.describe(&notes).map_err(Failure::usage)?)?;
         return Ok(Outcome::Done);
     }

@@ -47,11 +47,11 @@ pub fn token_weights(samples: &[Weighed], balance: Balance, factors: Option<&[f6
 /// those that still converge rather than diverge, and
 /// `DF = min(1, N · softmax_t(−τ N α_max(t) / Σ_t |α_max(t)|))`, `α_max` the slope of the largest loss, goes from the
 /// one to the other as the worst task starts to diverge. The weights `DF · RCS + (1 − DF) · ACS` are scaled to the mean 1.
-/// Fewer than two evaluations give 1 to all.
+/// Fewer than two evaluations give 1 to all, as does a loss that is not finite: slopes say nothing there.
 pub fn coba_weights(history: &[Vec<f64>]) -> Vec<f64> {
     let tasks = history.len();
     let evaluations = history.iter().map(Vec::len).min().unwrap_or(0);
-    if evaluations < 2 {
+    if evaluations < 2 || history.iter().flatten().any(|loss| !loss.is_finite()) {
         return vec![1.0; tasks];
     }
     let slopes_of = |losses: &[f64]| -> Vec<f64> {
@@ -113,14 +113,17 @@ fn softmax(mut values: Vec<f64>) -> Vec<f64> {
 /// that `order` gives for it; the results are summed.
 ///
 /// All gradients have the same length. Also returns the cosines between the gradients as they came, `[tasks, tasks]`
-/// (0 where one is zero).
-pub fn pcgrad(gradients: &[Vec<f32>], order: impl Fn(usize) -> Vec<usize>) -> (Vec<f32>, Vec<Vec<f64>>) {
+/// (`None` where one is zero, as a task's that is not in the batch, or not finite).
+pub fn pcgrad(
+    gradients: &[Vec<f32>],
+    order: impl Fn(usize) -> Vec<usize>,
+) -> (Vec<f32>, Vec<Vec<Option<f64>>>) {
     let dot =
         |a: &[f32], b: &[f32]| -> f64 { a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum() };
     let squares: Vec<f64> = gradients.iter().map(|gradient| dot(gradient, gradient)).collect();
     let cosine = |i: usize, j: usize| {
         let norms = (squares[i] * squares[j]).sqrt();
-        if norms > 0.0 { dot(&gradients[i], &gradients[j]) / norms } else { 0.0 }
+        Some(dot(&gradients[i], &gradients[j]) / norms).filter(|cosine| cosine.is_finite())
     };
     let cosines =
         (0..gradients.len()).map(|i| (0..gradients.len()).map(|j| cosine(i, j)).collect()).collect();
@@ -182,10 +185,25 @@ mod tests {
     #[test]
     fn conflicting_gradients_are_projected_and_others_summed() {
         let (sum, cosines) = pcgrad(&[vec![1.0, 0.0], vec![0.0, 2.0]], |_| vec![0, 1]);
-        assert_eq!((sum, cosines[0][1], cosines[1][1]), (vec![1.0, 2.0], 0.0, 1.0));
+        assert_eq!((sum, cosines[0][1], cosines[1][1]), (vec![1.0, 2.0], Some(0.0), Some(1.0)));
         let (sum, cosines) = pcgrad(&[vec![1.0, 0.0], vec![-1.0, 1.0]], |_| vec![1, 0]);
         // (1, 0) without its part against (−1, 1) is (½, ½); (−1, 1) without its part against (1, 0) is (0, 1).
         assert_eq!(sum, [0.5, 1.5]);
-        assert!((cosines[0][1] + 0.5f64.sqrt()).abs() < 1e-12);
+        assert!((cosines[0][1].unwrap() + 0.5f64.sqrt()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_gradient_that_is_zero_or_not_finite_has_no_cosine() {
+        for other in [[0.0, 0.0], [f32::INFINITY, 1.0], [f32::NAN, 1.0]] {
+            let (_, cosines) = pcgrad(&[vec![1.0, 0.0], other.to_vec()], |_| vec![0, 1]);
+            assert_eq!((cosines[0][0], cosines[0][1], cosines[1][1]), (Some(1.0), None, None), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_loss_that_is_not_finite_weighs_no_task() {
+        for loss in [f64::INFINITY, f64::NAN] {
+            assert_eq!(coba_weights(&[vec![1.0, 0.9, loss], vec![1.0, 0.9, 0.8]]), [1.0, 1.0]);
+        }
     }
 }

@@ -2,19 +2,21 @@
 //!
 //! One safetensors file holds the weights, the optimizer's moments and, as metadata, the state of everything else. It
 //! replaces the previous one in a single rename after its bytes are on the disk (see
-//! [`write_atomic`](crate::format::write_atomic)), so whatever happens one whole checkpoint is there.
+//! [`write_atomic`](crate::format::write_atomic)), so whatever happens one whole checkpoint is there. It holds a hash of
+//! itself: what a disk or a copy damages later is refused rather than gone on from.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
+use super::TrainError;
 use super::sampling::SamplerState;
 use crate::backend::training::PairValues;
-use crate::format::FormatError;
 use crate::format::safetensors::{SafetensorsFile, write_safetensors};
+use crate::format::{FormatError, Sha256Hasher};
 use crate::tensor::Tensor;
 
 /// Name of the file in a job's folder.
@@ -22,6 +24,8 @@ pub const CHECKPOINT_FILE: &str = "checkpoint.safetensors";
 
 /// Under which the state is in the file's metadata.
 const STATE_KEY: &str = "loramux_job_state";
+/// Under which the hash of the state and all tensors is.
+const HASH_KEY: &str = "loramux_sha256";
 
 /// Where a job stands, but for its tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,7 +39,8 @@ pub struct JobState {
     /// Steps with a gradient that was not finite.
     pub bad_steps: u64,
     pub sampler: SamplerState,
-    /// Validation losses by task and evaluation, oldest first.
+    /// Validation losses by task and evaluation, oldest first; infinite where one was not finite.
+    #[serde(deserialize_with = "losses")]
     pub validation: Vec<Vec<f64>>,
     /// Step and mean validation loss of the best evaluation.
     pub best: Option<(u64, f64)>,
@@ -50,24 +55,65 @@ pub struct JobState {
     pub concluded: bool,
 }
 
+impl JobState {
+    /// Of a job that has not begun.
+    pub fn new(identity: Value, sampler: SamplerState, tasks: usize) -> Self {
+        Self {
+            identity,
+            step: 0,
+            updates: 0,
+            bad_steps: 0,
+            sampler,
+            validation: vec![Vec::new(); tasks],
+            best: None,
+            since_best: 0,
+            affinity: Affinity::default(),
+            metrics_bytes: 0,
+            outcome: None,
+            concluded: false,
+        }
+    }
+}
+
+/// Losses as JSON has them: what is infinite is `null` there.
+fn losses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Vec<f64>>, D::Error> {
+    let tasks = Vec::<Vec<Option<f64>>>::deserialize(deserializer)?;
+    let known = |task: Vec<Option<f64>>| task.into_iter().map(|loss| loss.unwrap_or(f64::INFINITY)).collect();
+    Ok(tasks.into_iter().map(known).collect())
+}
+
 /// Cosines between tasks' gradients since they were written last.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Affinity {
-    /// Sums over steps, `[tasks, tasks]`.
-    pub cosines: Vec<Vec<f64>>,
-    pub steps: u64,
+    /// Sums over the steps that had one, `[tasks, tasks]`; empty before the first step.
+    pub sums: Vec<Vec<f64>>,
+    /// How many steps those were.
+    pub steps: Vec<Vec<u64>>,
 }
 
 impl Affinity {
     /// Adds a step's.
-    pub fn add(&mut self, cosines: &[Vec<f64>]) {
-        if self.steps == 0 {
-            self.cosines = vec![vec![0.0; cosines.len()]; cosines.len()];
+    pub fn add(&mut self, cosines: &[Vec<Option<f64>>]) {
+        if self.sums.is_empty() {
+            self.sums = vec![vec![0.0; cosines.len()]; cosines.len()];
+            self.steps = vec![vec![0; cosines.len()]; cosines.len()];
         }
-        for (sums, row) in self.cosines.iter_mut().zip(cosines) {
-            sums.iter_mut().zip(row).for_each(|(sum, cosine)| *sum += cosine);
+        for (i, row) in cosines.iter().enumerate() {
+            for (j, cosine) in row.iter().enumerate() {
+                if let Some(cosine) = cosine {
+                    self.sums[i][j] += cosine;
+                    self.steps[i][j] += 1;
+                }
+            }
         }
-        self.steps += 1;
+    }
+
+    /// The mean cosine of each pair of tasks that had one.
+    pub fn means(&self) -> Vec<(usize, usize, f64)> {
+        let tasks = self.sums.len();
+        let pairs = (0..tasks).flat_map(|i| (i + 1..tasks).map(move |j| (i, j)));
+        let known = pairs.filter(|&(i, j)| self.steps[i][j] > 0);
+        known.map(|(i, j)| (i, j, self.sums[i][j] / self.steps[i][j] as f64)).collect()
     }
 }
 
@@ -121,24 +167,32 @@ pub fn save(folder: &Path, state: &JobState, tensors: &JobTensors) -> Result<(),
         }
     }
     let state = serde_json::to_string(state).expect("a state is plain data");
-    let metadata = BTreeMap::from([(STATE_KEY.to_owned(), state)]);
+    let hash = content_hash(&state, tensors);
+    let metadata = BTreeMap::from([(STATE_KEY.to_owned(), state), (HASH_KEY.to_owned(), hash)]);
     write_safetensors(&folder.join(CHECKPOINT_FILE), &named, &metadata)
 }
 
 /// The checkpoint in `folder`; `None` where there is none.
 ///
 /// # Errors
-/// When it cannot be read or is no checkpoint.
-pub fn load(folder: &Path) -> Result<Option<(JobState, JobTensors)>, FormatError> {
+/// When it cannot be read, is no checkpoint or is not as it was written.
+pub fn load(folder: &Path) -> Result<Option<(JobState, JobTensors)>, TrainError> {
     let path = folder.join(CHECKPOINT_FILE);
     if !path.exists() {
         return Ok(None);
     }
-    let file = SafetensorsFile::read(&path)?;
-    let refuse = |problem: String| FormatError::Json { path: path.clone(), problem };
-    let text = file.metadata().get(STATE_KEY);
-    let text = text.ok_or_else(|| refuse(format!("its metadata has no `{STATE_KEY}`")))?;
-    let state: JobState = serde_json::from_str(text).map_err(|error| refuse(error.to_string()))?;
+    let damaged = |problem: String| TrainError::Damaged { path: path.clone(), problem, remove: path.clone() };
+    let file = match SafetensorsFile::read(&path) {
+        Err(FormatError::Safetensors { problem, .. } | FormatError::Tensor { problem, .. }) => {
+            return Err(damaged(problem));
+        }
+        file => file?,
+    };
+    let metadata = |key: &str| {
+        let text = file.metadata().get(key);
+        text.ok_or_else(|| damaged(format!("its metadata has no `{key}`")))
+    };
+    let (text, hash) = (metadata(STATE_KEY)?, metadata(HASH_KEY)?);
     let part = |part: &str| -> Result<Vec<PairValues>, FormatError> {
         let mut pairs = Vec::new();
         while file.contains(&tensor_name(part, pairs.len(), "a")) {
@@ -149,16 +203,95 @@ pub fn load(folder: &Path) -> Result<Option<(JobState, JobTensors)>, FormatError
         }
         Ok(pairs)
     };
-    let best = part(BEST)?;
-    let tensors = JobTensors {
-        weights: part(PARTS[0])?,
-        first_moments: part(PARTS[1])?,
-        second_moments: part(PARTS[2])?,
-        best: (!best.is_empty()).then_some(best),
+    let tensors = || -> Result<JobTensors, FormatError> {
+        let best = part(BEST)?;
+        Ok(JobTensors {
+            weights: part(PARTS[0])?,
+            first_moments: part(PARTS[1])?,
+            second_moments: part(PARTS[2])?,
+            best: (!best.is_empty()).then_some(best),
+        })
     };
+    let tensors = tensors().map_err(|error| damaged(error.to_string()))?;
+    if content_hash(text, &tensors) != *hash {
+        return Err(damaged("its content does not have the hash that was written with it".to_owned()));
+    }
+    let state = serde_json::from_str(text).map_err(|error| damaged(error.to_string()))?;
     Ok(Some((state, tensors)))
+}
+
+/// SHA-256, in hex, of a state and its tensors.
+fn content_hash(state: &str, tensors: &JobTensors) -> String {
+    let mut hasher = Sha256Hasher::new();
+    hasher.field(state.as_bytes());
+    let parts = [&tensors.weights, &tensors.first_moments, &tensors.second_moments];
+    for pair in parts.into_iter().chain(&tensors.best).flatten() {
+        for values in [&pair.a, &pair.b, &pair.magnitude] {
+            hasher.field(bytemuck::cast_slice(values));
+        }
+    }
+    hasher.finish()
 }
 
 fn tensor_name(part: &str, pair: usize, name: &str) -> String {
     format!("{part}.{pair}.{name}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> JobState {
+        JobState {
+            step: 3,
+            validation: vec![vec![0.1 + 0.2, f64::INFINITY], Vec::new()],
+            best: Some((2, 0.1 + 0.2)),
+            ..JobState::new(Value::Null, SamplerState::default(), 2)
+        }
+    }
+
+    fn tensors(best: Option<Vec<PairValues>>) -> JobTensors {
+        let pair =
+            |x: f32| PairValues { a: vec![x, 0.1], b: vec![-0.0, x, f32::MIN_POSITIVE], magnitude: vec![] };
+        JobTensors {
+            weights: vec![pair(1.0), pair(2.0)],
+            first_moments: vec![pair(3.0), pair(4.0)],
+            second_moments: vec![pair(5.0), pair(6.0)],
+            best,
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_is_read_as_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(load(folder.path()).unwrap(), None);
+        for best in [None, Some(tensors(None).weights)] {
+            let mut state = state();
+            state.affinity.add(&[vec![Some(1.0), Some(1.0 / 3.0)], vec![Some(1.0 / 3.0), Some(1.0)]]);
+            state.affinity.add(&[vec![None; 2], vec![None; 2]]);
+            save(folder.path(), &state, &tensors(best.clone())).unwrap();
+            let read = load(folder.path()).unwrap().unwrap();
+            assert_eq!(read, (state, tensors(best)));
+            assert_eq!(read.0.affinity.means(), [(0, 1, 1.0 / 3.0)]);
+        }
+    }
+
+    #[test]
+    fn no_byte_of_a_checkpoint_changes_unnoticed() {
+        let folder = tempfile::tempdir().unwrap();
+        save(folder.path(), &state(), &tensors(Some(tensors(None).weights))).unwrap();
+        let path = folder.path().join(CHECKPOINT_FILE);
+        let whole = std::fs::read(&path).unwrap();
+        for place in 0..whole.len() {
+            let mut flipped = whole.clone();
+            flipped[place] ^= 1 << (place % 8);
+            std::fs::write(&path, &flipped).unwrap();
+            let damaged = matches!(load(folder.path()), Err(TrainError::Damaged { .. }));
+            // White space of the header says nothing, whatever it is.
+            assert!(damaged || load(folder.path()).unwrap().unwrap().0 == state(), "byte {place}");
+            assert!(damaged || whole[place].is_ascii_whitespace(), "byte {place}");
+            std::fs::write(&path, &whole[..place]).unwrap();
+            assert!(matches!(load(folder.path()), Err(TrainError::Damaged { .. })), "{place} bytes");
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! A job's folder: what is in it before a run, and what a finished job leaves there.
 
 use std::fs::{File, TryLockError};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -8,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::TrainError;
 use super::checkpoint::{CHECKPOINT_FILE, Outcome};
 use super::metrics::METRICS_FILE;
-use super::report::REPORT_FILE;
+use super::report::{REPORT_FILE, write_job_report};
 use crate::adapter::peft::{CONFIG_FILE, WEIGHTS_FILE};
 use crate::format::{FormatError, read_json, sha256_file, write_text};
 
@@ -60,11 +61,56 @@ pub fn prepare(folder: &Path, existing: Existing) -> Result<Found, TrainError> {
         _ => {}
     }
     std::fs::create_dir_all(folder).map_err(FormatError::io(folder, "create the folder"))?;
-    let manifest = folder.join(MANIFEST_FILE);
-    if manifest.exists() {
-        return Ok(Found::Ended(read_json(&manifest)?));
+    remove_temporaries(folder)?;
+    if folder.join(MANIFEST_FILE).exists() {
+        return Ok(Found::Ended(read_manifest(folder)?));
     }
     Ok(if folder.join(CHECKPOINT_FILE).exists() { Found::Begun } else { Found::Nothing })
+}
+
+/// The manifest in a job's or an adapter's folder, when the files there are those that it was written for.
+///
+/// # Errors
+/// When it cannot be read, or it or a file that it names is damaged.
+fn read_manifest(folder: &Path) -> Result<Value, TrainError> {
+    let path = folder.join(MANIFEST_FILE);
+    let damaged = |path: PathBuf, problem: String| {
+        let remove = folder.join(MANIFEST_FILE);
+        TrainError::Damaged { path, problem, remove }
+    };
+    let manifest = match read_json(&path) {
+        Err(FormatError::Json { problem, .. }) => {
+            return Err(damaged(path, format!("not valid JSON: {problem}")));
+        }
+        manifest => manifest?,
+    };
+    let Some(files) = manifest["files"].as_object() else {
+        return Err(damaged(path, "it names no `files`".to_owned()));
+    };
+    for (name, hash) in files {
+        let path = folder.join(name);
+        match sha256_file(&path) {
+            Ok(found) if hash == found.as_str() => {}
+            Ok(_) => return Err(damaged(path, format!("{MANIFEST_FILE} has another hash for it"))),
+            Err(error) => return Err(damaged(path, error.to_string())),
+        }
+    }
+    Ok(manifest)
+}
+
+/// Removes what a process that was killed in the midst of writing left: its temporary files.
+fn remove_temporaries(folder: &Path) -> Result<(), FormatError> {
+    let list = || FormatError::io(folder, "list the folder");
+    for entry in std::fs::read_dir(folder).map_err(list())? {
+        let entry = entry.map_err(list())?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let is_ours = |file: &&str| name.starts_with(&format!(".{file}.")) && name.ends_with(".tmp");
+        if FILES.iter().any(is_ours) {
+            std::fs::remove_file(entry.path()).map_err(FormatError::io(&entry.path(), "remove"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Keeps every other run out of a run's folder for as long as it lives.
@@ -152,25 +198,35 @@ pub fn write_manifest(folder: &Path, manifest: &Manifest<'_>) -> Result<(), Trai
         "files": files,
     });
     write_text(&folder.join(MANIFEST_FILE), &format!("{value:#}\n"))?;
-    // Nothing goes on from a job that has ended.
+    Ok(())
+}
+
+/// What is left to do for a job that has its manifest: nothing goes on from its checkpoint, and the report is made.
+///
+/// # Errors
+/// When the checkpoint cannot be removed or the report not be made.
+pub fn finish(folder: &Path) -> Result<(), TrainError> {
     let checkpoint = folder.join(CHECKPOINT_FILE);
     match std::fs::remove_file(&checkpoint) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(FormatError::io(&checkpoint, "remove")(error).into())
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(FormatError::io(&checkpoint, "remove")(error).into());
         }
-        _ => Ok(()),
+        _ => {}
     }
+    if !folder.join(REPORT_FILE).exists() {
+        write_job_report(folder)?;
+    }
+    Ok(())
 }
 
 /// The lineage that an adapter folder hands on: its own manifest's, and itself.
 ///
 /// # Errors
-/// When its manifest or tensors cannot be read.
-pub fn lineage_of(adapter: &Path) -> Result<Vec<Value>, FormatError> {
-    let manifest = adapter.join(MANIFEST_FILE);
+/// When its manifest or tensors cannot be read, or are damaged.
+pub fn lineage_of(adapter: &Path) -> Result<Vec<Value>, TrainError> {
     let mut lineage = Vec::new();
-    if manifest.exists() {
-        let manifest = read_json(&manifest)?;
+    if adapter.join(MANIFEST_FILE).exists() {
+        let manifest = read_manifest(adapter)?;
         lineage.extend(manifest.get("lineage").and_then(Value::as_array).into_iter().flatten().cloned());
     }
     let weights: PathBuf = adapter.join(WEIGHTS_FILE);
@@ -190,11 +246,25 @@ mod tests {
         std::fs::write(job.join(CHECKPOINT_FILE), "x").unwrap();
         assert!(matches!(prepare(&job, Existing::Refuse), Err(TrainError::Exists { .. })));
         assert_eq!(prepare(&job, Existing::Resume).unwrap(), Found::Begun);
-        std::fs::write(job.join(MANIFEST_FILE), "{\"job\": \"a\"}").unwrap();
-        assert_eq!(prepare(&job, Existing::Resume).unwrap(), Found::Ended(json!({"job": "a"})));
+        let manifest = json!({"job": "a", "files": {}});
+        std::fs::write(job.join(MANIFEST_FILE), manifest.to_string()).unwrap();
+        assert_eq!(prepare(&job, Existing::Resume).unwrap(), Found::Ended(manifest));
         std::fs::write(job.join("notes.txt"), "mine").unwrap();
         assert_eq!(prepare(&job, Existing::Replace).unwrap(), Found::Nothing);
         assert!(job.join("notes.txt").exists() && !job.join(CHECKPOINT_FILE).exists());
+    }
+
+    #[test]
+    fn what_a_killed_process_was_writing_is_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in [".checkpoint.safetensors.12-0.tmp", ".notes.txt.12-0.tmp", ".manifest.json.bak"] {
+            std::fs::write(folder.path().join(name), "x").unwrap();
+        }
+        prepare(folder.path(), Existing::Resume).unwrap();
+        let kept = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut kept: Vec<_> = kept.collect();
+        kept.sort();
+        assert_eq!(kept, [".manifest.json.bak", ".notes.txt.12-0.tmp"]);
     }
 
     #[test]

@@ -166,9 +166,10 @@ impl Job {
             task.samples += 1;
             task.labels += sample.targets.len();
         }
-        for (task, loss) in self.data.iter().zip(&batch.task_losses) {
+        for (index, (task, loss)) in self.data.iter().zip(&batch.task_losses).enumerate() {
             if let Some(entry) = line.tasks.get_mut(&task.name) {
                 entry.loss = loss / entry.labels as f64;
+                entry.weight = self.factors.as_ref().map(|factors| factors[index]);
             }
         }
         line

@@ -48,6 +48,9 @@ pub struct TaskStep {
     pub loss: f64,
     pub samples: usize,
     pub labels: usize,
+    /// By which CoBa multiplies the weights of its tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight: Option<f64>,
 }
 
 /// The file of one job.
@@ -147,7 +150,10 @@ mod tests {
             tokens: 20,
             labels: 7,
             samples: 2,
-            tasks: BTreeMap::from([("t".into(), TaskStep { loss: 1.25, samples: 2, labels: 7 })]),
+            tasks: BTreeMap::from([(
+                "t".into(),
+                TaskStep { loss: 1.25, samples: 2, labels: 7, weight: None },
+            )]),
             skipped: Vec::new(),
         };
         let wanted = r#"{"job":"a","step":3,"epoch":0.5,"loss":1.25,"grad_norm":2.0,"lr":0.001,"tokens":20,"labels":7,"samples":2,"tasks":{"t":{"loss":1.25,"samples":2,"labels":7}}}"#;

@@ -9,9 +9,11 @@ pub mod config;
 pub mod data;
 pub mod evaluate;
 pub mod folder;
+mod identity;
 pub mod job;
 pub mod metrics;
 pub mod plan;
+mod prepare;
 pub mod progress;
 pub mod report;
 pub mod run;
@@ -61,6 +63,10 @@ pub enum TrainError {
     Exists { folder: PathBuf },
     #[error("{}: another run is writing there", folder.display())]
     Busy { folder: PathBuf },
-    #[error("{}: its checkpoint is another job's: {what}", folder.display())]
-    Changed { folder: PathBuf, what: String },
+    /// Something that decides the result is not as it was when the job began.
+    #[error("{}: {found} another configuration's: {what}; change it back, or replace the results with --force", folder.display())]
+    Changed { folder: PathBuf, found: &'static str, what: String },
+    /// A file is not as this program wrote it.
+    #[error("{}: damaged: {problem}; put back a copy, or remove {} and the job starts anew", path.display(), remove.display())]
+    Damaged { path: PathBuf, problem: String, remove: PathBuf },
 }

@@ -3,26 +3,26 @@
 //! Jobs queue for seats. A seated job is evaluated, trained step by step beside the others, evaluated again, and writes
 //! its results. What fails for one job (a disk that is full, gradients that stay bad) ends that job alone.
 
-use std::collections::{HashMap, VecDeque};
-use std::path::{Path, PathBuf};
+use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use super::TrainError;
 use super::answer::{Answerer, Questions};
-use super::checkpoint::{self, Affinity, JobState, JobTensors, Outcome};
-use super::config::{AdapterConfig, JobConfig, RunConfig, Targets};
-use super::data::{self, DataOptions, Dataset};
+use super::checkpoint::{self, JobState, JobTensors, Outcome};
+use super::config::{AdapterConfig, RunConfig};
+use super::data::Dataset;
 use super::evaluate::Scores;
 use super::folder::{self, DataEntry, Existing, Found, Lock, Manifest};
-use super::job::{Job, TaskData};
+use super::identity::{difference, identity, identity_of_manifest};
+use super::job::Job;
 use super::metrics::{Metrics, StepLine};
 use super::plan::{self, BaseShape, JobData, Machine, PairShape};
+use super::prepare::{PreparedJob, Reader};
 use super::trainer::{Seat, Trainer};
-use super::{TrainError, report};
-use crate::adapter::Adapter;
-use crate::adapter::peft::{Limits, WriteOptions, read_adapter, write_adapter};
-use crate::adapter::{Fresh, all_linear, fresh_adapter, named_sites};
+use crate::adapter::peft::{WriteOptions, write_adapter};
 use crate::backend::training::{PairValues, Training};
 use crate::model::Base;
 
@@ -32,18 +32,10 @@ pub struct Run {
     pub base: Arc<Base>,
     /// In the configuration's order.
     pub jobs: Vec<PreparedJob>,
+    /// Jobs that cannot start, and why.
+    pub refused: Vec<(String, TrainError)>,
     /// What is odd about the data, with file and line.
     pub warnings: Vec<String>,
-}
-
-/// A job with its data and the adapter that it begins with.
-pub struct PreparedJob {
-    pub config: JobConfig,
-    pub data: Vec<TaskData>,
-    pub template: Adapter,
-    pub lineage: Vec<Value>,
-    /// All keys of its configuration.
-    pub resolved: Value,
 }
 
 /// What happens in a run, as it happens.
@@ -89,19 +81,25 @@ pub struct JobResult {
 }
 
 impl Run {
-    /// Opens the base and reads all data.
+    /// Opens the base and reads all data. A job whose data or adapter is not what it should be is refused by itself.
     ///
     /// # Errors
-    /// When anything that the configuration names is absent or not what it should be.
+    /// When the base cannot be read, or no job can start.
     pub fn open(config: RunConfig) -> Result<Self, TrainError> {
         let base = Arc::new(Base::open(&config.model)?);
-        let mut reader = Reader { base: &base, read: HashMap::new(), warnings: Vec::new() };
-        let mut jobs = Vec::new();
+        let mut reader = Reader::new(&base);
+        let (mut jobs, mut refused) = (Vec::new(), Vec::new());
         for job in &config.jobs {
-            jobs.push(reader.prepare(job, config.resolved(job))?);
+            match reader.prepare(job, config.resolved(job)) {
+                Ok(job) => jobs.push(job),
+                Err(error) => refused.push((job.name.clone(), error)),
+            }
         }
         let warnings = reader.warnings;
-        Ok(Self { config, base, jobs, warnings })
+        if jobs.is_empty() && !refused.is_empty() {
+            return Err(refused.swap_remove(0).1);
+        }
+        Ok(Self { config, base, jobs, refused, warnings })
     }
 
     /// Rows that passes have room for: what the configuration says, but room for every sample.
@@ -153,20 +151,27 @@ impl Run {
         let _lock = Lock::take(&self.config.out)?;
         let base_hash = self.base.checkpoint.content_hash()?;
         let rows = self.pass_rows();
+        let trainer = Trainer::new(backend, Arc::clone(&self.base), rows, self.config.recompute)?;
+        let mut hall = Hall { trainer, answerer, base_hash, model: self.config.model.clone(), observer };
         let mut queue = VecDeque::new();
         let mut results: Vec<Option<JobResult>> = Vec::new();
         for (index, job) in self.jobs.into_iter().enumerate() {
             let folder = self.config.out.join(&job.config.name);
-            match folder::prepare(&folder, existing)? {
-                Found::Ended(manifest) => results.push(Some(ended_before(&job.config.name, &manifest))),
-                Found::Nothing | Found::Begun => {
-                    results.push(None);
-                    queue.push_back(Queued { index, folder, job });
+            let queued = Queued { index, folder, job };
+            results.push(match hall.prepare(&queued, existing) {
+                Ok(Found::Ended(manifest)) => Some(ended_before(&queued.job.config.name, &manifest)),
+                Ok(Found::Nothing | Found::Begun) => {
+                    queue.push_back(queued);
+                    None
                 }
-            }
+                // Nothing has begun yet, and what to do about it is the user's to say.
+                Err(error @ TrainError::Exists { .. }) => return Err(error),
+                Err(error) => Some(hall.fail(&queued.job.config.name, error)?),
+            });
         }
-        let trainer = Trainer::new(backend, Arc::clone(&self.base), rows, self.config.recompute)?;
-        let mut hall = Hall { trainer, answerer, base_hash, model: self.config.model.clone(), observer };
+        for (name, error) in self.refused {
+            results.push(Some(hall.fail(&name, error)?));
+        }
         let mut seated: Vec<Seated> = Vec::new();
         let mut turn = 0;
         while !(queue.is_empty() && seated.is_empty()) {
@@ -263,20 +268,40 @@ struct Hall<'a, B: Training> {
 }
 
 impl<B: Training> Hall<'_, B> {
+    /// Makes a job's folder ready; what has ended there must be what is asked for, and whole.
+    fn prepare(&self, queued: &Queued, existing: Existing) -> Result<Found, TrainError> {
+        let found = folder::prepare(&queued.folder, existing)?;
+        if let Found::Ended(manifest) = &found {
+            let (before, now) = (identity_of_manifest(manifest), self.identity(&queued.job));
+            if let Some(what) = difference(&before, &now) {
+                let folder = queued.folder.clone();
+                return Err(TrainError::Changed { folder, found: "its results are", what });
+            }
+            folder::finish(&queued.folder)?;
+        }
+        Ok(found)
+    }
+
+    fn identity(&self, job: &PreparedJob) -> Value {
+        identity(&job.resolved, &self.base_hash, &job.data, &job.lineage)
+    }
+
     /// Seats a job: anew with an evaluation of what it begins with, or where its checkpoint was.
     fn seat(&mut self, queued: Queued) -> Result<Seated, TrainError> {
         let Queued { index, folder, job } = queued;
+        let identity = self.identity(&job);
         let PreparedJob { config, data, template, lineage, resolved } = job;
         let (dropout, use_rslora) = match &config.adapter {
             AdapterConfig::Fresh { dropout, use_rslora, .. } => (*dropout, *use_rslora),
             AdapterConfig::From { dropout, .. } => (*dropout, false),
         };
-        let identity = identity(&resolved, &data, &self.base_hash);
         let mut job = Job::new(config, data)?;
         let resumed = checkpoint::load(&folder)?;
         let (state, tensors) = match resumed {
             Some((state, tensors)) => {
-                check_identity(&folder, &state.identity, &identity)?;
+                if let Some(what) = difference(&state.identity, &identity) {
+                    return Err(TrainError::Changed { folder, found: "its checkpoint is", what });
+                }
                 job.resume(&state)?;
                 (state, Some(tensors))
             }
@@ -413,7 +438,7 @@ impl<B: Training> Hall<'_, B> {
     /// Lets validation losses act: on what is drawn and how it weighs, and on whether training goes on.
     fn follow(&mut self, job: &mut Seated, losses: &[(usize, f64)]) -> Result<(), TrainError> {
         for &(task, loss) in losses {
-            job.state.validation[task].push(loss);
+            job.state.validation[task].push(if loss.is_finite() { loss } else { f64::INFINITY });
         }
         job.seat.job.follow_validation(&job.state.validation);
         let trained: Vec<f64> = (losses.iter())
@@ -424,7 +449,7 @@ impl<B: Training> Hall<'_, B> {
             return Ok(());
         };
         let mean = trained.iter().sum::<f64>() / trained.len() as f64;
-        if job.state.best.is_none_or(|(_, best)| mean < best) {
+        if mean.is_finite() && job.state.best.is_none_or(|(_, best)| mean < best) {
             job.state.best = Some((job.state.step, mean));
             job.state.since_best = 0;
             job.best = Some(self.trainer.weights(&job.seat)?);
@@ -438,17 +463,12 @@ impl<B: Training> Hall<'_, B> {
     }
 
     fn write_affinity(&mut self, job: &mut Seated, step: u64) -> Result<(), TrainError> {
-        let affinity = std::mem::take(&mut job.state.affinity);
-        if affinity.steps == 0 {
+        let means = std::mem::take(&mut job.state.affinity).means();
+        if means.is_empty() {
             return Ok(());
         }
-        let tasks = &job.seat.job.data;
-        let mut pairs = Vec::new();
-        for (i, row) in affinity.cosines.iter().enumerate() {
-            for (j, sum) in row.iter().enumerate().skip(i + 1) {
-                pairs.push(json!([tasks[i].name, tasks[j].name, sum / affinity.steps as f64]));
-            }
-        }
+        let name = |index: usize| &job.seat.job.data[job.seat.tasks[index]].name;
+        let pairs: Vec<Value> = means.iter().map(|&(i, j, mean)| json!([name(i), name(j), mean])).collect();
         let line = json!({"job": job.name(), "step": step, "affinity": pairs});
         Ok(job.metrics.append(&line)?)
     }
@@ -549,8 +569,7 @@ impl<B: Training> Hall<'_, B> {
             outcome: job.state.outcome.unwrap_or(Outcome::Finished),
         };
         folder::write_manifest(&job.folder, &manifest)?;
-        report::write_job_report(&job.folder)?;
-        Ok(())
+        folder::finish(&job.folder)
     }
 
     /// The result of a job that failed by itself. An error of the backend is everybody's.
@@ -558,13 +577,15 @@ impl<B: Training> Hall<'_, B> {
         if matches!(error, TrainError::Backend(_)) {
             return Err(error);
         }
+        let failure = error.to_string();
+        (self.observer)(Event::Note { job: name, text: &failure });
         let result = JobResult {
             name: name.to_owned(),
             outcome: Outcome::Failed,
             steps: 0,
             losses: None,
             tokens: 0,
-            failure: Some(error.to_string()),
+            failure: Some(failure),
             evaluations: Vec::new(),
         };
         (self.observer)(Event::Ended { job: name, result: &result });
@@ -595,45 +616,6 @@ fn few(names: &[String]) -> String {
     }
 }
 
-/// What must be the same for a job to go on.
-fn identity(resolved: &Value, data: &[TaskData], base_hash: &str) -> Value {
-    let mut keys = resolved.clone();
-    // How often a job is saved changes nothing that it computes.
-    if let Some(keys) = keys.as_object_mut() {
-        keys.remove("save_every");
-    }
-    let hashes = |task: &TaskData| {
-        let hash = |data: &Option<Arc<Dataset>>| data.as_ref().map(|data| data.hash.clone());
-        json!([hash(&task.train), hash(&task.valid), hash(&task.test)])
-    };
-    json!({"config": keys, "base": base_hash, "data": data.iter().map(hashes).collect::<Vec<_>>()})
-}
-
-fn check_identity(folder: &Path, found: &Value, wanted: &Value) -> Result<(), TrainError> {
-    let differs = |what: String| TrainError::Changed { folder: folder.to_owned(), what };
-    if found == wanted {
-        return Ok(());
-    }
-    for key in ["base", "data"] {
-        if found[key] != wanted[key] {
-            return Err(differs(format!(
-                "the {key} {} others",
-                if key == "base" { "model is" } else { "files are" }
-            )));
-        }
-    }
-    let (old, new) = (found["config"].as_object(), wanted["config"].as_object());
-    let keys =
-        new.into_iter().flatten().map(|(key, _)| key).chain(old.into_iter().flatten().map(|(key, _)| key));
-    for key in keys {
-        let (old, new) = (&found["config"][key], &wanted["config"][key]);
-        if old != new {
-            return Err(differs(format!("`{key}` was {old} and is {new}")));
-        }
-    }
-    Err(differs("it was made by another version".to_owned()))
-}
-
 fn ended_before(name: &str, manifest: &Value) -> JobResult {
     let outcome = serde_json::from_value(manifest["outcome"].clone()).unwrap_or(Outcome::Finished);
     JobResult {
@@ -644,102 +626,5 @@ fn ended_before(name: &str, manifest: &Value) -> JobResult {
         tokens: 0,
         failure: (outcome == Outcome::Failed).then(|| "it failed in an earlier run".to_owned()),
         evaluations: Vec::new(),
-    }
-}
-
-/// Reads data, each file once.
-struct Reader<'a> {
-    base: &'a Base,
-    read: HashMap<(PathBuf, String), Arc<Dataset>>,
-    warnings: Vec<String>,
-}
-
-impl Reader<'_> {
-    fn prepare(&mut self, config: &JobConfig, resolved: Value) -> Result<PreparedJob, TrainError> {
-        let mut tasks = Vec::new();
-        for task in &config.tasks {
-            let options = DataOptions {
-                format: task.format,
-                max_length: config.max_length.min(self.base.config.max_position_embeddings),
-                on_overlong: config.on_overlong,
-                packing: config.packing,
-            };
-            let mut file = |path: &Option<PathBuf>| -> Result<Option<Arc<Dataset>>, TrainError> {
-                path.as_ref().map(|path| self.file(path, &options)).transpose()
-            };
-            let (train, valid, test) = (file(&task.train)?, file(&task.valid)?, file(&task.test)?);
-            let leaked = |split: &Option<Arc<Dataset>>| match (&train, split) {
-                (Some(train), Some(split)) => data::leakage(train, split).samples,
-                _ => 0,
-            };
-            let leakage = [leaked(&valid), leaked(&test)];
-            for (count, split) in leakage.into_iter().zip([&task.valid, &task.test]) {
-                if let (1.., Some(path)) = (count, split) {
-                    self.warnings
-                        .push(format!("{}: {count} samples are in the training data too", path.display()));
-                }
-            }
-            tasks.push(TaskData { name: task.name.clone(), train, valid, test, leakage });
-        }
-        let (template, lineage) = self.template(config)?;
-        Ok(PreparedJob { config: config.clone(), data: tasks, template, lineage, resolved })
-    }
-
-    fn file(&mut self, path: &Path, options: &DataOptions) -> Result<Arc<Dataset>, TrainError> {
-        let key = (path.to_owned(), format!("{options:?}"));
-        if let Some(data) = self.read.get(&key) {
-            return Ok(Arc::clone(data));
-        }
-        let (data, warnings) = data::read_dataset(path, self.base, options)?;
-        self.warnings.extend(warnings.iter().map(ToString::to_string));
-        let data = Arc::new(data);
-        self.read.insert(key, Arc::clone(&data));
-        Ok(data)
-    }
-
-    fn template(&self, config: &JobConfig) -> Result<(Adapter, Vec<Value>), TrainError> {
-        let checkpoint = &self.base.checkpoint;
-        let table = &checkpoint.sites().table;
-        let mut adapter = match &config.adapter {
-            &AdapterConfig::Fresh { rank, alpha, ref targets, use_rslora, use_dora, .. } => {
-                let sites = match targets {
-                    Targets::AllLinear => Ok(all_linear(table)),
-                    Targets::Named(names) => named_sites(table, names),
-                };
-                let fresh = Fresh { rank, alpha, use_rslora, use_dora, seed: config.seed };
-                sites
-                    .and_then(|sites| fresh_adapter(table, &sites, &fresh, checkpoint))
-                    .map_err(|source| TrainError::Fresh { job: config.name.clone(), source })?
-            }
-            AdapterConfig::From { folder, .. } => {
-                read_adapter(folder, table, checkpoint, Limits { max_rank: usize::MAX })?
-            }
-        };
-        adapter.base_name = Some(self.base.name.clone());
-        let lineage = match &config.adapter {
-            AdapterConfig::From { folder, .. } => folder::lineage_of(folder)?,
-            AdapterConfig::Fresh { .. } => Vec::new(),
-        };
-        Ok((adapter, lineage))
-    }
-}
-
-impl JobState {
-    /// Of a job that has not begun.
-    fn new(identity: Value, sampler: super::sampling::SamplerState, tasks: usize) -> Self {
-        Self {
-            identity,
-            step: 0,
-            updates: 0,
-            bad_steps: 0,
-            sampler,
-            validation: vec![Vec::new(); tasks],
-            best: None,
-            since_best: 0,
-            affinity: Affinity::default(),
-            metrics_bytes: 0,
-            outcome: None,
-            concluded: false,
-        }
     }
 }

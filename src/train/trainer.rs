@@ -83,8 +83,10 @@ impl Pass {
 /// A job that is being trained: what it computes, and where.
 pub struct Seat {
     pub job: Job,
-    /// One slot, or with PCGrad one for each task: each gathers its own gradient, all hold the same weights.
+    /// One slot, or with PCGrad one for each trained task: each gathers its own gradient, all hold the same weights.
     slots: Vec<usize>,
+    /// Of the job's tasks those that are trained, ascending.
+    pub tasks: Vec<usize>,
     /// The adapter as it began: its sites, ranks and scales.
     template: Adapter,
     /// Steps that changed the weights.
@@ -94,8 +96,8 @@ pub struct Seat {
 /// What an optimizer step did.
 pub struct Stepped {
     pub line: StepLine,
-    /// Cosines between the tasks' gradients, with PCGrad.
-    pub cosines: Option<Vec<Vec<f64>>>,
+    /// Cosines between the trained tasks' gradients, with PCGrad.
+    pub cosines: Option<Vec<Vec<Option<f64>>>>,
 }
 
 impl<B: Training> Trainer<B> {
@@ -134,8 +136,9 @@ impl<B: Training> Trainer<B> {
         dropout: f32,
         resumed: Option<&JobTensors>,
     ) -> Result<Seat, TrainError> {
-        let count = if job.config.pcgrad { job.data.len() } else { 1 };
-        let mut seat = Seat { job, slots: Vec::new(), template, updates: 0 };
+        let tasks: Vec<usize> = (0..job.data.len()).filter(|&task| job.data[task].train.is_some()).collect();
+        let count = if job.config.pcgrad { tasks.len() } else { 1 };
+        let mut seat = Seat { job, slots: Vec::new(), tasks, template, updates: 0 };
         for _ in 0..count {
             let slot = self.trainees.iter().position(Option::is_none).unwrap_or(self.trainees.len());
             let trainee = self.transformer.trainee(&mut self.backend, slot, &seat.template, dropout)?;
@@ -177,7 +180,8 @@ impl<B: Training> Trainer<B> {
         for (index, seat) in seats.iter_mut().enumerate() {
             while pass.samples.len() < self.max_sequences {
                 let Some(taken) = seat.job.peek(self.max_rows - pass.rows.len()) else { break };
-                let slot = if seat.slots.len() > 1 { seat.slots[taken.task] } else { seat.slots[0] };
+                let place = seat.tasks.binary_search(&taken.task).unwrap_or(0);
+                let slot = seat.slots[if seat.slots.len() > 1 { place } else { 0 }];
                 let variant = self.base.config.rope.variant_for(taken.sample.tokens.len());
                 pass.push(&taken, index, slot, variant);
                 seat.job.take();
@@ -243,7 +247,7 @@ impl<B: Training> Trainer<B> {
     }
 
     /// PCGrad over the tasks' gradients, the result in the first slot's; returns their cosines.
-    fn join_gradients(&mut self, seat: &Seat) -> Result<Vec<Vec<f64>>, TrainError> {
+    fn join_gradients(&mut self, seat: &Seat) -> Result<Vec<Vec<Option<f64>>>, TrainError> {
         let mut gradients = Vec::new();
         let mut shape = Vec::new();
         for &slot in &seat.slots {

@@ -1,8 +1,15 @@
 //! Training runs as users start them: a configuration, data, a folder of results.
 
 use std::fmt::Write as _;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use loramux::backend::cpu::Cpu;
+use loramux::train::answer::EngineAnswerer;
+use loramux::train::config::RunConfig;
+use loramux::train::folder::Existing;
+use loramux::train::run::{Event, Run};
 use serde_json::{Value, json};
 
 use super::program::{Ran, loramux, read_lines, write_lines};
@@ -10,9 +17,10 @@ use super::program::{Ran, loramux, read_lines, write_lines};
 /// A run in a folder of its own.
 pub struct TrainingRun {
     pub folder: tempfile::TempDir,
-    model: PathBuf,
+    pub model: PathBuf,
     run: String,
-    jobs: Vec<String>,
+    /// Names and tables.
+    jobs: Vec<(String, String)>,
 }
 
 impl TrainingRun {
@@ -27,9 +35,19 @@ impl TrainingRun {
         self
     }
 
-    /// Adds a `[[job]]` with these keys.
+    /// Adds a `[[job]]` with these keys, or gives the one of that name other keys.
     pub fn job(&mut self, name: &str, keys: &str) -> &mut Self {
-        self.jobs.push(format!("[[job]]\nname = \"{name}\"\n{keys}\n"));
+        let table = format!("[[job]]\nname = \"{name}\"\n{keys}\n");
+        match self.jobs.iter_mut().find(|(other, _)| other == name) {
+            Some((_, old)) => *old = table,
+            None => self.jobs.push((name.to_owned(), table)),
+        }
+        self
+    }
+
+    /// Takes all jobs out of the configuration; what they have written stays.
+    pub fn without_jobs(&mut self) -> &mut Self {
+        self.jobs.clear();
         self
     }
 
@@ -42,7 +60,7 @@ impl TrainingRun {
     pub fn config(&self) -> PathBuf {
         let mut text = format!("[base]\nmodel = \"{}\"\ndevice = \"cpu\"\n", self.model.display());
         writeln!(text, "[run]\nout = \"out\"\n{}", self.run).unwrap();
-        self.jobs.iter().for_each(|job| text.push_str(job));
+        self.jobs.iter().for_each(|(_, table)| text.push_str(table));
         let path = self.folder.path().join("run.toml");
         std::fs::write(&path, text).unwrap();
         path
@@ -62,6 +80,25 @@ impl TrainingRun {
         self
     }
 
+    /// Begins, or goes on, and stops dead once `job` has done this step: nothing is saved that was not already.
+    pub fn stop_after(&self, job: &str, step: u64) -> &Self {
+        let (config, _) = RunConfig::read(&self.config()).unwrap();
+        let run = Run::open(config).unwrap();
+        let mut stop = |event: Event<'_>| {
+            if let Event::Stepped { line } = event
+                && (line.job.as_str(), line.step) == (job, step)
+            {
+                resume_unwind(Box::new("stopped"));
+            }
+        };
+        let answerer = EngineAnswerer::start(Arc::clone(&run.base), Some(1)).unwrap();
+        let backend = Cpu::new(Some(1)).unwrap();
+        let train = || run.train(backend, Some(&answerer), Existing::Resume, &mut stop);
+        let ran = catch_unwind(AssertUnwindSafe(train));
+        assert!(ran.is_err(), "{job} ended before step {step}");
+        self
+    }
+
     pub fn out(&self, job: &str) -> PathBuf {
         self.folder.path().join("out").join(job)
     }
@@ -75,8 +112,28 @@ impl TrainingRun {
 
     /// The steps of a job's metrics.
     pub fn steps(&self, job: &str) -> Vec<Value> {
+        self.metrics(job, "loss")
+    }
+
+    /// The lines of a job's metrics that have a key: `loss`, `eval` or `affinity`.
+    pub fn metrics(&self, job: &str, key: &str) -> Vec<Value> {
         let lines = read_lines(&self.out(job).join("metrics.jsonl"));
-        lines.into_iter().filter(|line| line.get("loss").is_some()).collect()
+        lines.into_iter().filter(|line| line.get(key).is_some()).collect()
+    }
+
+    pub fn manifest(&self, job: &str) -> Value {
+        serde_json::from_slice(&std::fs::read(self.out(job).join("manifest.json")).unwrap()).unwrap()
+    }
+
+    /// Every file in a job's folder, by name.
+    pub fn files(&self, job: &str) -> Vec<(String, Vec<u8>)> {
+        let entries = std::fs::read_dir(self.out(job)).unwrap().map(|entry| entry.unwrap());
+        let file = |entry: std::fs::DirEntry| {
+            (entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap())
+        };
+        let mut files: Vec<_> = entries.map(file).collect();
+        files.sort();
+        files
     }
 }
 

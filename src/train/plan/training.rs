@@ -28,10 +28,11 @@ pub struct JobShape {
 impl JobShape {
     pub fn new(config: &JobConfig, pairs: Vec<PairShape>) -> Self {
         let (AdapterConfig::Fresh { dropout, .. } | AdapterConfig::From { dropout, .. }) = config.adapter;
+        let trained = config.tasks.iter().filter(|task| task.train.is_some()).count();
         Self {
             name: config.name.clone(),
             pairs,
-            slots: if config.pcgrad { config.tasks.len() } else { 1 },
+            slots: if config.pcgrad { trained } else { 1 },
             drops: dropout > 0.0,
             keeps_best: config.early_stop.is_some(),
         }

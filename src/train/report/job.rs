@@ -82,7 +82,9 @@ pub struct Status<'a> {
 impl<'a> Status<'a> {
     pub fn of(record: &'a JobRecord) -> Self {
         match record.outcome() {
-            Some(text) if text.starts_with("failed") => Self { text, kind: "bad" },
+            Some(text) if text.starts_with("failed") || record.problem.is_some() => {
+                Self { text, kind: "bad" }
+            }
             Some(text) => Self { text, kind: "good" },
             None => Self { text: "not finished", kind: "open" },
         }
@@ -142,7 +144,7 @@ pub fn first_and_last_loss(record: &JobRecord) -> Option<(f64, f64)> {
 
 /// What a reader must not overlook.
 pub fn warnings(record: &JobRecord) -> Vec<String> {
-    let mut warnings = Vec::new();
+    let mut warnings: Vec<String> = record.problem.iter().cloned().collect();
     let skipped = record.skipped().count();
     if skipped > 0 {
         let steps =

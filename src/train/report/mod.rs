@@ -63,10 +63,11 @@ pub fn write_job_report(folder: &Path) -> Result<(), ReportError> {
     Ok(write_text(&folder.join(REPORT_FILE), &page)?)
 }
 
-/// Writes `report.html` into a run's folder, from the files of every job folder in it; it links to their pages.
+/// Writes `report.html` into a run's folder, from the files of every job folder in it; it links to their pages. A job
+/// whose files are not what they should be is listed with what is wrong.
 ///
 /// # Errors
-/// As [`write_job_report`].
+/// When the folder cannot be listed or the page not be written.
 pub fn write_run_report(folder: &Path) -> Result<(), ReportError> {
     let page = run::page(&JobRecord::read_all(folder)?)?;
     Ok(write_text(&folder.join(REPORT_FILE), &page)?)

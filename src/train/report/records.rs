@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::AddAssign;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,8 @@ pub struct JobRecord {
     pub steps: Vec<Step>,
     pub evaluations: Vec<Evaluation>,
     pub affinities: Vec<Affinity>,
+    /// Why nothing of it is known: its files cannot be read, or are not what they should be.
+    pub problem: Option<String>,
 }
 
 /// An optimizer step.
@@ -181,7 +183,7 @@ impl JobRecord {
         Ok(record)
     }
 
-    /// Reads every job's folder of a run, in the order of their names.
+    /// Reads every job's folder of a run, in the order of their names. One that cannot be read has its problem instead.
     pub fn read_all(run: &Path) -> Result<Vec<Self>, ReportError> {
         let failed = |source| ReportError::Folder { path: run.to_owned(), source };
         let mut folders = Vec::new();
@@ -192,7 +194,12 @@ impl JobRecord {
             }
         }
         folders.sort();
-        folders.iter().map(|folder| Self::read(folder)).collect()
+        let unreadable = |folder: &Path, error: &ReportError| {
+            let name = file_name(folder);
+            Self { folder: name.clone(), name, problem: Some(error.to_string()), ..Self::default() }
+        };
+        let read = |folder: &PathBuf| Self::read(folder).unwrap_or_else(|error| unreadable(folder, &error));
+        Ok(folders.iter().map(read).collect())
     }
 
     /// Takes in all lines; an error comes with its line, from 1.
@@ -289,6 +296,9 @@ impl JobRecord {
     }
 
     pub fn outcome(&self) -> Option<&str> {
+        if self.problem.is_some() {
+            return Some("not readable");
+        }
         self.manifest.as_ref()?.outcome.as_deref()
     }
 }

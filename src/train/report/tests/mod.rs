@@ -223,16 +223,23 @@ fn nothing_yet_is_a_short_page() {
 #[test]
 fn what_is_wrong_with_a_file_is_said_with_its_line() {
     let run = tempfile::tempdir().unwrap();
-    write_run(run.path(), &[Job::single("headlines")]);
+    write_run(run.path(), &[Job::single("headlines"), Job::single("others")]);
     let folder = run.path().join("headlines");
     let good = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
     let third = good.lines().nth(2).unwrap();
     std::fs::write(folder.join("metrics.jsonl"), good.replace(third, "{\"job\": 7}")).unwrap();
-    for error in [write_job_report(&folder).unwrap_err(), write_run_report(run.path()).unwrap_err()] {
-        let error = error.to_string();
-        assert!(error.contains("metrics.jsonl:3: no string `job`"), "{error}");
-    }
+    let error = write_job_report(&folder).unwrap_err().to_string();
+    assert!(error.contains("metrics.jsonl:3: no string `job`"), "{error}");
     assert!(!folder.join(REPORT_FILE).exists());
+    // The run's page has the other jobs, and says why this one is missing.
+    write_run_report(run.path()).unwrap();
+    let page = page(run.path());
+    check_markup(&page);
+    let problem = format!("headlines: {error}");
+    assert_says(
+        &page,
+        &["Outcomes", "1 not readable", &problem, "headlines", "not readable", "others", "finished"],
+    );
     std::fs::write(folder.join("metrics.jsonl"), good).unwrap();
     std::fs::write(folder.join("manifest.json"), "{\"steps\": \"many\"}").unwrap();
     let error = write_job_report(&folder).unwrap_err().to_string();
