@@ -43,8 +43,8 @@ def collate(rows, pad):
     }
 
 
-def train(model_folder, rows, pad, steps, out):
-    torch.manual_seed(0)
+def train(model_folder, rows, pad, steps, out, seed=0):
+    torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config).train()
