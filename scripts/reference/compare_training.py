@@ -111,9 +111,9 @@ def main():
     result = {
         "what": "the seven example tasks of examples/train.toml: one after another with PEFT, all at once with loramux",
         "command": f"scripts/reference/compare_training.py target/release/loramux examples --seeds {' '.join(map(str, arguments.seeds))}",
-        "processor": processor(),
+        "device": f"{processor()}, {os.cpu_count()} logical cores",
+        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "threads": threads,
-        "cores": os.cpu_count(),
         "versions": {"torch": torch.__version__, "peft": __import__("peft").__version__},
         "steps": arguments.steps,
         "median": medians | {"peft_over_loramux": round(medians["peft_seconds"] / medians["loramux_seconds"], 2)},

@@ -51,8 +51,8 @@ pub enum TrainError {
     #[error(transparent)]
     Engine(#[from] EngineError),
     /// A fresh adapter that this base has no place for.
-    #[error("job `{job}`: {source}")]
-    Fresh { job: String, source: FreshError },
+    #[error(transparent)]
+    Fresh(#[from] FreshError),
     #[error(transparent)]
     Sampling(#[from] SamplingError),
     #[error(transparent)]

@@ -87,13 +87,11 @@ impl<'a> Reader<'a> {
         let mut adapter = match &config.adapter {
             &AdapterConfig::Fresh { rank, alpha, ref targets, use_rslora, use_dora, .. } => {
                 let sites = match targets {
-                    Targets::AllLinear => Ok(all_linear(table)),
-                    Targets::Named(names) => named_sites(table, names),
+                    Targets::AllLinear => all_linear(table),
+                    Targets::Named(names) => named_sites(table, names)?,
                 };
                 let fresh = Fresh { rank, alpha, use_rslora, use_dora, seed: config.seed };
-                sites
-                    .and_then(|sites| fresh_adapter(table, &sites, &fresh, checkpoint))
-                    .map_err(|source| TrainError::Fresh { job: config.name.clone(), source })?
+                fresh_adapter(table, &sites, &fresh, checkpoint)?
             }
             AdapterConfig::From { folder, .. } => {
                 read_adapter(folder, table, checkpoint, Limits { max_rank: usize::MAX })?

@@ -77,12 +77,19 @@ pub(super) fn rope_store(
     let AttentionShape { heads, kv_heads, head_dim } = shape;
     assert_eq!(qkv.width, shape.qkv_width(), "qkv width");
     assert!(qkv.data.len() >= rows.len() * qkv.width, "rows exceed the buffer");
-    for sequence in &rows.sequences {
-        let pages = &rows.pages[sequence.pages.clone()];
+    assert!(
+        rows.sequences.iter().all(|sequence| sequence.rows.end <= rows.len()),
+        "sequences exceed the rows"
+    );
+    let width = qkv.width;
+    let data = Shared::new(qkv.data.as_mut_ptr());
+    parallel_for(rows.sequences.len(), rows.len() * width, |index| {
+        let sequence = &rows.sequences[index];
         for row in sequence.rows.clone() {
             let position = sequence.start + row - sequence.rows.start;
-            let data = &mut qkv.data[row * qkv.width..(row + 1) * qkv.width];
-            let (turned, values) = data.split_at_mut((heads + kv_heads) * head_dim);
+            let turned = (heads + kv_heads) * head_dim;
+            // SAFETY: the row lies in the buffer (asserted above) and belongs to this sequence.
+            let turned = unsafe { std::slice::from_raw_parts_mut(data.get().add(row * width), turned) };
             for (index, head) in turned.chunks_exact_mut(head_dim).enumerate() {
                 if let Some(norms) = &norms {
                     let weight = if index < heads { norms.q } else { norms.k };
@@ -101,7 +108,15 @@ pub(super) fn rope_store(
                 }
                 rotate(head, tables, sequence.rotary_variant, position);
             }
-            cache.store(block, pages, position, &turned[heads * head_dim..], values);
+        }
+    });
+    for sequence in &rows.sequences {
+        let pages = &rows.pages[sequence.pages.clone()];
+        for row in sequence.rows.clone() {
+            let position = sequence.start + row - sequence.rows.start;
+            let row = &qkv.data[row * width..(row + 1) * width];
+            let (keys, values) = row[heads * head_dim..].split_at(kv_heads * head_dim);
+            cache.store(block, pages, position, keys, values);
         }
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::experts::{Change, LowRank};
 use super::gemm::{Block, ChunkB, Correction, RunTerms, Terms, compute_block};
-use super::parallel::{Shared, parallel_for};
+use super::parallel::{Shared, parallel_for, pays};
 use super::{Buffer, Cpu, Isa, Site};
 use crate::backend::{CHUNK, GateRun, Gates, Write};
 use crate::tensor::DType;
@@ -305,15 +305,19 @@ pub(super) fn blocks(range: Range<usize>, size: usize) -> impl Iterator<Item = R
 /// `y[row] = table[token]` plus, for rows whose experts change the lookup, `Σ gate · scale · B A[:, token]`.
 pub(super) fn embed(table: &Site, rows: &crate::backend::Rows, y: &mut Buffer) {
     let width = y.width;
-    for run in rows.gates.runs() {
+    assert!(rows.gates.rows() <= rows.len(), "gates exceed the rows");
+    assert!(y.data.len() >= rows.len() * width, "rows exceed the buffer");
+    let output = Shared::new(y.data.as_mut_ptr());
+    let fill = |run: &GateRun, piece: Range<usize>| {
         let experts = rows.gates.experts_of(run);
         let replaced = experts.iter().find_map(|&slot| match table.experts.get(slot) {
             Some(Change::Replace(weight)) => Some(weight),
             _ => None,
         });
-        for row in run.rows.clone() {
+        for row in piece {
             let token = rows.tokens[row] as usize;
-            let to = &mut y.data[row * width..(row + 1) * width];
+            // SAFETY: the row lies in the buffer (asserted above) and is written by this piece only.
+            let to = unsafe { std::slice::from_raw_parts_mut(output.get().add(row * width), width) };
             copy_row(replaced.unwrap_or(&table.weight), token, to);
             for (&slot, gate) in experts.iter().zip(rows.gates.gates_of(run, row)) {
                 if let Some(Change::LowRank(expert)) = table.experts.get(slot) {
@@ -321,6 +325,16 @@ pub(super) fn embed(table: &Site, rows: &crate::backend::Rows, y: &mut Buffer) {
                 }
             }
         }
+    };
+    let runs = rows.gates.runs();
+    let work = rows.len() * width;
+    if pays(work) {
+        let pieces: Vec<(&GateRun, Range<usize>)> = (runs.iter())
+            .flat_map(|run| blocks(run.rows.clone(), ROW_BLOCK).map(move |rows| (run, rows)))
+            .collect();
+        parallel_for(pieces.len(), work, |index| fill(pieces[index].0, pieces[index].1.clone()));
+    } else {
+        runs.iter().for_each(|run| fill(run, run.rows.clone()));
     }
 }
 

@@ -19,12 +19,18 @@ mod uses;
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
+use super::parallel::pays;
 use super::{Buffer, Cpu, Group, Site};
 use crate::backend::training::{AdamW, Learning, Pair, PairValues, Part, Training};
 use crate::backend::{AttentionShape, BackendError, HeadNorms, RotaryTables, Rows, Write};
 
 pub(super) use linear::Workspace;
 pub use trainee::Trainee;
+
+/// Elements that a thread copies at a time.
+const COPIED: usize = 1 << 14;
 
 /// V of every row at the sites of one group.
 #[derive(Default)]
@@ -97,7 +103,13 @@ impl Training for Cpu {
     fn copy(&mut self, x: &Buffer, rows: usize, y: &mut Buffer) -> Result<(), BackendError> {
         assert_eq!(x.width, y.width, "widths of a copy");
         let len = rows * x.width;
-        y.data[..len].copy_from_slice(&x.data[..len]);
+        let (y, x) = (&mut y.data[..len], &x.data[..len]);
+        if pays(len) {
+            let pieces = y.par_chunks_mut(COPIED).zip(x.par_chunks(COPIED));
+            pieces.for_each(|(y, x)| y.copy_from_slice(x));
+        } else {
+            y.copy_from_slice(x);
+        }
         Ok(())
     }
 
