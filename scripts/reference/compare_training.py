@@ -40,7 +40,7 @@ def write_config(examples, seed, steps, out):
     lines = []
     for line in (examples / "train.toml").read_text().splitlines():
         key = line.split("=")[0].strip()
-        if key in ("valid", "test", "eval_max_tokens"):
+        if key in ("seed", "valid", "test", "eval_max_tokens"):
             continue
         if key in ("train", "model"):
             line = f'{key} = "{examples.resolve() / line.split(chr(34))[1]}"'

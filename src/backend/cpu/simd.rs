@@ -417,10 +417,9 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn transpose(v: &mut [[f32; 8]; 16]) {
-        for i in 0..8 {
-            for j in 0..i {
-                (v[i][j], v[j][i]) = (v[j][i], v[i][j]);
-            }
+        let rows = *v;
+        for (i, vector) in v.iter_mut().enumerate().take(8) {
+            *vector = std::array::from_fn(|j| rows[j][i]);
         }
     }
 }

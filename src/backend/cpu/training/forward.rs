@@ -35,10 +35,7 @@ unsafe fn compute_block(isa: Isa, block: &Block<'_>) {
         unsafe { replace_block(isa, &into) };
         for (row, product) in block.rows.clone().zip(product.chunks_exact(width)) {
             // SAFETY: this block of Y is the caller's.
-            let y = unsafe {
-                let first = block.y.add(row * block.y_stride + block.columns.start);
-                std::slice::from_raw_parts_mut(first, width)
-            };
+            let y = unsafe { std::slice::from_raw_parts_mut(row_of(block, row), width) };
             y.iter_mut().zip(product).for_each(|(y, product)| *y += product);
         }
     });
@@ -73,7 +70,7 @@ unsafe fn replace_block(isa: Isa, block: &Block<'_>) {
         }
         if let Some(bias) = block.bias {
             for row in block.rows.clone() {
-                let y = row_of(block, row);
+                let y = std::slice::from_raw_parts_mut(row_of(block, row), block.columns.len());
                 y.iter_mut().zip(&bias[block.columns.clone()]).for_each(|(y, bias)| *y += bias);
             }
         }
@@ -99,7 +96,7 @@ unsafe fn add_run(isa: Isa, block: &Block<'_>, terms: &Terms, run: &RunTerms) {
                 }
             }
             // SAFETY: passed on from the caller.
-            let y = unsafe { row_of(block, row) };
+            let y = unsafe { std::slice::from_raw_parts_mut(row_of(block, row), width) };
             for ((y, scale), added) in y.iter_mut().zip(&scales).zip(&added) {
                 *y = *y * scale + added;
             }
@@ -130,9 +127,7 @@ unsafe fn add_run(isa: Isa, block: &Block<'_>, terms: &Terms, run: &RunTerms) {
     }
 }
 
-/// A row of a block of Y.
-unsafe fn row_of<'a>(block: &'a Block<'_>, row: usize) -> &'a mut [f32] {
-    let first = block.y.wrapping_add(row * block.y_stride + block.columns.start);
-    // SAFETY: passed on from the caller: nobody else touches the block.
-    unsafe { std::slice::from_raw_parts_mut(first, block.columns.len()) }
+/// Where a row of a block of Y starts.
+fn row_of(block: &Block<'_>, row: usize) -> *mut f32 {
+    block.y.wrapping_add(row * block.y_stride + block.columns.start)
 }
