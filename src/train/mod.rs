@@ -50,6 +50,9 @@ pub enum TrainError {
     Backend(#[from] BackendError),
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// No job can start: the first of them, and why.
+    #[error("job `{job}`: {source}")]
+    Refused { job: String, source: Box<TrainError> },
     /// A fresh adapter that this base has no place for.
     #[error(transparent)]
     Fresh(#[from] FreshError),

@@ -97,7 +97,8 @@ impl Run {
         }
         let warnings = reader.warnings;
         if jobs.is_empty() && !refused.is_empty() {
-            return Err(refused.swap_remove(0).1);
+            let (job, error) = refused.swap_remove(0);
+            return Err(TrainError::Refused { job, source: Box::new(error) });
         }
         Ok(Self { config, base, jobs, refused, warnings })
     }

@@ -77,7 +77,8 @@ fn a_damaged_beginning_is_refused() {
         std::fs::write(&weights, bytes).unwrap();
         let ran = run.train(&[]);
         assert_eq!(ran.code, Some(2), "{}", ran.stderr);
-        assert!(ran.stderr.contains(&format!("error: {}: ", weights.display())), "{}", ran.stderr);
+        let wanted = format!("error: job `second`: {}: ", weights.display());
+        assert!(ran.stderr.contains(&wanted), "{}", ran.stderr);
         assert!(!run.out("second").exists());
     }
     std::fs::write(&weights, whole).unwrap();
